@@ -1,0 +1,246 @@
+"""Methods: pure functions on a parameter pytree that compose like optax transformations.
+
+    chain(lora(rank=8, targets="attention/{q,v}/kernel"), train("norm/*"))
+"""
+
+import zlib
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from tunejax.core import errors, operators, paths
+from tunejax.core.paths import Leaf, Params, Path
+
+PyTree = Any
+Axes = tuple[str | None, ...]
+
+
+class Context(NamedTuple):
+    """What varies from call to call. The open door: add fields, break nobody.
+
+    step: int32 scalar, the optimiser step. key: a PRNG key, or None where nothing is random. train: dropout is on.
+    """
+
+    step: Any = 0
+    key: Any = None
+    train: bool = False
+
+
+class Start(NamedTuple):
+    """A partition of what a method needs: no array lies in two of its places.
+
+    Invariant: ``bind(apply_edits(params, edits), train, state) == params`` as a function (identity at init).
+
+    edits: the base rewritten once; a leaf (a quantised one, say) or None, a hole whose value moved into ``train``.
+    train: has gradients and optimiser state. Float32, whatever the base's type.
+    state: has neither: masks, importance, budgets.
+    """
+
+    edits: dict[Path, Leaf | None] = {}
+    train: PyTree = {}
+    state: PyTree = {}
+
+
+class Method(NamedTuple):
+    """How to tune: five pure functions and what they need of the model.
+
+    init:    (key, params) -> Start. Sees what the methods before it bound; must survive `jax.eval_shape`.
+    bind:    (params, train, state, ctx) -> params. Cheap, every step: wraps leaves, fills holes.
+    update:  (train, state, grads, ctx) -> state. After the optimiser.
+    penalty: (train, state, ctx) -> scalar, scaled by the weight sum, so accumulation does not change it.
+    merge:   (params, train, state) -> params of plain arrays. Raises NotLinear naming the path.
+    axes:    (model axes a path, shapes of train) -> logical axes a leaf of train, to shard by.
+    cuts:    (depth) -> the layers before which the stack is to be cut into segments.
+    parts:   the methods that `chain` joined; empty for a single one.
+    """
+
+    name: str
+    init: Callable[[Any, Params], Start]
+    bind: Callable[[Params, PyTree, PyTree, Context], Params]
+    update: Callable[[PyTree, PyTree, PyTree, Context], PyTree]
+    penalty: Callable[[PyTree, PyTree, Context], Any]
+    merge: Callable[[Params, PyTree, PyTree], Params]
+    axes: Callable[[Mapping[Path, Axes], PyTree], PyTree]
+    cuts: Callable[[int], tuple[int, ...]]
+    parts: "tuple[Method, ...]" = ()
+
+
+def method(
+    name: str,
+    init: Callable[[Any, Params], Start],
+    bind: Callable[[Params, PyTree, PyTree, Context], Params],
+    *,
+    update: Callable[..., PyTree] | None = None,
+    penalty: Callable[..., Any] | None = None,
+    merge: Callable[..., Params] | None = None,
+    axes: Callable[..., PyTree] | None = None,
+    cuts: Callable[[int], tuple[int, ...]] | None = None,
+) -> Method:
+    """A `Method` from the two functions that every one has; the others default to keeping, to 0 and to densifying."""
+
+    def merge_bound(params: Params, train: PyTree, state: PyTree) -> Params:
+        return operators.densify(bind(params, train, state, Context()))
+
+    return Method(
+        name=name,
+        init=init,
+        bind=bind,
+        update=update or (lambda train, state, grads, ctx: state),
+        penalty=penalty or (lambda train, state, ctx: jnp.zeros((), jnp.float32)),
+        merge=merge or merge_bound,
+        axes=axes or _axes_by_path,
+        cuts=cuts or (lambda depth: ()),
+    )
+
+
+def _axes_by_path(model_axes: Mapping[Path, Axes], train: PyTree) -> PyTree:
+    """A leaf of ``train`` kept under a model path takes that path's axes; any other is replicated."""
+    if isinstance(train, Mapping):
+        return {
+            k: model_axes[k] if k in model_axes and operators.is_array(v) else _axes_by_path(model_axes, v)
+            for k, v in train.items()
+        }
+    return jax.tree.map(lambda x: (None,) * len(x.shape), train)
+
+
+def apply_edits(params: Params, edits: Mapping[Path, Leaf | None]) -> Params:
+    """The base that a run keeps: ``params`` with each edited leaf replaced."""
+    return paths.replace(params, edits)
+
+
+def chain(*methods: Method) -> Method:
+    """The methods one after another, each seeing what those before it bound. Associative: nested chains flatten.
+
+    ``train`` and ``state`` are dicts keyed "<position>:<name>".
+
+    Raises (from init):
+      TargetError: two methods rewrite one path.
+    """
+    parts = tuple(p for m in methods for p in (m.parts or (m,)))
+    if len(parts) == 1:
+        return parts[0]
+    keys = [f"{i}:{m.name}" for i, m in enumerate(parts)]
+
+    def init(key: Any, params: Params) -> Start:
+        edits: dict[Path, Leaf | None] = {}
+        owner: dict[Path, str] = {}
+        train, state = {}, {}
+        bound = params
+        for i, (k, m) in enumerate(zip(keys, parts, strict=True)):
+            start = m.init(jax.random.fold_in(key, i), bound)
+            _refuse_twice(m.name, start.edits, owner, paths.flatten(params), paths.flatten(bound))
+            owner.update(dict.fromkeys(start.edits, m.name))
+            edits.update(start.edits)
+            train[k], state[k] = start.train, start.state
+            bound = m.bind(paths.replace(bound, start.edits), start.train, start.state, Context())
+        return Start(edits, train, state)
+
+    def bind(params: Params, train: PyTree, state: PyTree, ctx: Context) -> Params:
+        for i, (k, m) in enumerate(zip(keys, parts, strict=True)):
+            params = m.bind(params, train[k], state[k], _with_key(ctx, i))
+        return params
+
+    def update(train: PyTree, state: PyTree, grads: PyTree, ctx: Context) -> PyTree:
+        items = enumerate(zip(keys, parts, strict=True))
+        return {k: m.update(train[k], state[k], grads[k], _with_key(ctx, i)) for i, (k, m) in items}
+
+    def penalty(train: PyTree, state: PyTree, ctx: Context) -> Any:
+        return sum(m.penalty(train[k], state[k], ctx) for k, m in zip(keys, parts, strict=True))
+
+    def merge(params: Params, train: PyTree, state: PyTree) -> Params:
+        for i, (k, m) in enumerate(zip(keys, parts, strict=True)):
+            step = m.bind if i + 1 < len(parts) else None
+            params = step(params, train[k], state[k], Context()) if step else m.merge(params, train[k], state[k])
+        return params
+
+    def axes(model_axes: Mapping[Path, Axes], train: PyTree) -> PyTree:
+        return {k: m.axes(model_axes, train[k]) for k, m in zip(keys, parts, strict=True)}
+
+    def cuts(depth: int) -> tuple[int, ...]:
+        return tuple(sorted({c for m in parts for c in m.cuts(depth)}))
+
+    name = "+".join(m.name for m in parts)
+    return Method(name, init, bind, update, penalty, merge, axes, cuts, parts)
+
+
+def _with_key(ctx: Context, i: int) -> Context:
+    return ctx if ctx.key is None else ctx._replace(key=jax.random.fold_in(ctx.key, i))
+
+
+def _refuse_twice(
+    name: str, edits: Mapping[Path, Any], owner: Mapping[Path, str], base: Mapping[Path, Any], bound: Mapping[Path, Any]
+) -> None:
+    for path in edits:
+        if path in owner:
+            raise errors.TargetError(f"{name} and {owner[path]} both rewrite {path}; target it with one of them")
+        if bound[path] is not base.get(path):
+            raise errors.TargetError(f"{name} rewrites {path}, which a method before it wraps; put {name} first")
+
+
+def path_key(key: Any, path: Path) -> Any:
+    """A key of its own for each path, whatever else is targeted."""
+    return None if key is None else jax.random.fold_in(key, zlib.crc32(path.encode()))
+
+
+def per_site(
+    name: str,
+    targets: str | list[str],
+    new: Callable[[Any, Any], dict[str, Any]],
+    wrap: Callable[[Any, dict[str, Any], Context], Any],
+    *,
+    layers: str | int | None = None,
+    axes: Mapping[str, tuple[str | None, ...]] | None = None,
+    **others: Any,
+) -> Method:
+    """A method that wraps each targeted kernel in an operator of its own: two functions, and that is all.
+
+    Args:
+      name: of the method, in reports and checkpoints.
+      targets: globs over kernels (`core.paths`).
+      new: (key, kernel [..., in, out]) -> the site's train arrays by name, each with the kernel's leading axes.
+      wrap: (kernel, arrays, ctx) -> operator. ``ctx.key`` is the site's own.
+      layers: only these layers of the stack, as a slice: "-2:".
+      axes: how each array is sharded: "in" and "out" stand for the kernel's axes, None for an unsharded one.
+      **others: further fields of `method`.
+    """
+
+    def init(key: Any, params: Params) -> Start:
+        sites = paths.select(params, targets, layers=layers).leaves
+        for path, kernel in sites.items():
+            if len(kernel.shape) < 2:
+                raise errors.TargetError(f"{name} targets {path} of shape {tuple(kernel.shape)}; it needs a kernel")
+        return Start(train={p: new(path_key(key, p), kernel) for p, kernel in sites.items()})
+
+    def bind(params: Params, train: PyTree, state: PyTree, ctx: Context) -> Params:
+        wrapped = {
+            p: wrap(paths.get(params, p), arrays, ctx._replace(key=path_key(ctx.key, p) if ctx.train else None))
+            for p, arrays in train.items()
+        }
+        return paths.replace(params, wrapped)
+
+    def site_axes(model_axes: Mapping[Path, Axes], train: PyTree) -> PyTree:
+        return {p: _site_axes(model_axes.get(p), arrays, axes or {}) for p, arrays in train.items()}
+
+    def cuts(depth: int) -> tuple[int, ...]:
+        return layer_cuts(layers, depth)
+
+    return method(name, init, bind, axes=site_axes, cuts=cuts, **others)
+
+
+def _site_axes(kernel: Axes | None, arrays: dict[str, Any], axes: Mapping[str, Axes]) -> dict[str, Axes]:
+    *lead, first, last = kernel or (None, None)
+    names = {"in": first, "out": last, None: None}
+    out = {}
+    for name, array in arrays.items():
+        tail = tuple(names[a] for a in axes.get(name, ()))
+        rank = len(array.shape)
+        front = tuple(lead)[: rank - len(tail)]
+        out[name] = front + (None,) * (rank - len(tail) - len(front)) + tail
+    return out
+
+
+def layer_cuts(layers: str | int | None, depth: int) -> tuple[int, ...]:
+    """Where the stack is to be cut so that ``layers`` are whole segments."""
+    return () if layers is None else tuple(c for c in paths.layer_range(layers, depth) if 0 < c < depth)

@@ -1,0 +1,30 @@
+"""Objectives: losses as sums and weights, so that accumulation, packing and data parallelism are exact."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+
+from tunejax.core.method import Context
+from tunejax.core.model import Batch, Model
+from tunejax.core.paths import Params
+
+LossOutput = tuple[jax.Array, jax.Array, dict[str, jax.Array]]
+
+
+class Objective(NamedTuple):
+    """What training minimises: ``loss_sum / weight_sum`` over however many batches.
+
+    frozen: a teacher's or reference's parameters: sharded, never donated, never a constant of the program.
+    loss:   (model, params, frozen, batch, ctx) -> (loss_sum, weight_sum, metrics); metrics are sums too, each to be
+            divided by weight_sum, unless it is a pair (sum, weight) of its own.
+    """
+
+    name: str
+    frozen: Params
+    loss: Callable[[Model, Params, Params, Batch, Context], LossOutput]
+
+
+def mean(total: Any, weight: Any) -> Any:
+    """total / weight, and 0 where nothing was weighted."""
+    return total / jax.numpy.maximum(weight, 1e-9)

@@ -1,0 +1,95 @@
+"""What may stand where a kernel stands.
+
+A linear site applies what it finds: an array, or an *operator*, a small pytree dataclass registered here. An
+operator's array fields carry the leading axes of the kernel that it stands for (the layer axis in a stack), so
+it scans, shards, checkpoints and donates like an array; everything else in it is static.
+"""
+
+import dataclasses
+from typing import Any, Protocol, TypeVar, runtime_checkable
+
+import jax
+
+from tunejax.core import errors, paths
+
+T = TypeVar("T")
+
+
+@runtime_checkable
+class Operator(Protocol):
+    """Stands for a kernel [..., in, out]. Invariant: where `dense` exists, ``op(x) == x @ op.dense()``."""
+
+    def __call__(self, x: jax.Array, bias: jax.Array | None = None) -> jax.Array:
+        """x [..., in] -> [..., out]. The bias comes in because some operators act on xW + b."""
+        ...
+
+    def dense(self) -> jax.Array:
+        """The equivalent plain kernel [..., in, out]. Raises NotLinear where none exists."""
+        ...
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the kernel that it stands for."""
+        ...
+
+    @property
+    def dtype(self) -> Any:
+        """Type of the kernel that it stands for."""
+        ...
+
+
+def static(**kwargs: Any) -> Any:
+    """A dataclass field that is part of the operator's structure, not of its arrays."""
+    return dataclasses.field(metadata={"static": True}, **kwargs)
+
+
+def operator(cls: type[T]) -> type[T]:
+    """Class decorator: a frozen dataclass that is a pytree of its non-`static` fields."""
+    cls = dataclasses.dataclass(frozen=True)(cls)
+    fields = dataclasses.fields(cls)  # type: ignore[arg-type]
+    is_static = [bool(f.metadata.get("static")) for f in fields]
+    return jax.tree_util.register_dataclass(
+        cls,
+        data_fields=[f.name for f, s in zip(fields, is_static, strict=True) if not s],
+        meta_fields=[f.name for f, s in zip(fields, is_static, strict=True) if s],
+    )
+
+
+def is_operator(leaf: Any) -> bool:
+    """Whether a leaf of the parameters is an operator rather than an array."""
+    return dataclasses.is_dataclass(leaf) and hasattr(leaf, "dense")
+
+
+def is_array(leaf: Any) -> bool:
+    """Whether a leaf is an array, or the ShapeDtypeStruct of one."""
+    return hasattr(leaf, "shape") and hasattr(leaf, "dtype") and not is_operator(leaf)
+
+
+def apply(kernel: Any, x: jax.Array, bias: jax.Array | None = None) -> jax.Array:
+    """x @ kernel + bias in the type of ``x``; x [..., in], kernel [in, out] or an operator -> [..., out]."""
+    if is_operator(kernel):
+        return kernel(x, bias)
+    out = x @ kernel.astype(x.dtype)
+    return out if bias is None else out + bias.astype(x.dtype)
+
+
+def dense(kernel: Any) -> jax.Array:
+    """The plain kernel that an array or operator stands for. Raises NotLinear where none exists."""
+    return kernel.dense() if is_operator(kernel) else kernel
+
+
+def densify(params: paths.Params) -> paths.Params:
+    """``params`` with every operator replaced by its plain kernel.
+
+    Raises:
+      NotLinear: some operator has none; the message names every such path.
+    """
+    flat, stuck = paths.flatten(params), []
+    for path, leaf in flat.items():
+        try:
+            flat[path] = dense(leaf)
+        except errors.NotLinear as e:
+            stuck.append(f"{path}: {e}")
+    if stuck:
+        raise errors.NotLinear("these parameters have no plain kernel to merge into:\n  " + "\n  ".join(stuck))
+    return paths.unflatten(flat)

@@ -1,0 +1,86 @@
+"""The four sites that models are made of: linear, lookup (with attend), attention, gate.
+
+A site takes what stands in its slot, an array or an operator, and works in the type of its input.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from tunejax.core import operators
+
+linear = operators.apply
+
+
+def lookup(table: Any, ids: jax.Array, dtype: Any = None) -> jax.Array:
+    """Rows of a table [vocab, embed] (or of an operator with ``lookup``) by ids [...] -> [..., embed]."""
+    rows = table.lookup(ids) if operators.is_operator(table) else jnp.take(table, ids, axis=0, mode="clip")
+    return rows if dtype is None else rows.astype(dtype)
+
+
+def attend(table: Any, x: jax.Array) -> jax.Array:
+    """Tied output head: x [..., embed] against every row of the table [vocab, embed] -> [..., vocab]."""
+    if operators.is_operator(table):
+        return table.attend(x)
+    return jax.lax.dot_general(x, table.astype(x.dtype), (((x.ndim - 1,), (1,)), ((), ())))
+
+
+def gate(value: Any, branch: jax.Array) -> jax.Array:
+    """A residual branch times the scalar of its block's gate; an empty slot leaves it as it is."""
+    return branch if value is None else branch * value.astype(branch.dtype)
+
+
+class Where(NamedTuple):
+    """Where each query or key stands: positions and segment_ids, each [batch, length]. Segment 0 is padding."""
+
+    positions: jax.Array
+    segment_ids: jax.Array
+
+
+def mask(q: Where, kv: Where, *, causal: bool, window: int | None = None) -> jax.Array:
+    """[batch, queries, keys] bool: who sees whom: the same segment, not padding, not later, not beyond the window."""
+    seen = (q.segment_ids[:, :, None] == kv.segment_ids[:, None, :]) & (kv.segment_ids[:, None, :] > 0)
+    distance = q.positions[:, :, None] - kv.positions[:, None, :]
+    if causal:
+        seen &= distance >= 0
+    if window is not None:
+        seen &= distance < window
+    return seen
+
+
+def attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    q_where: Where,
+    kv_where: Where,
+    *,
+    causal: bool,
+    window: int | None = None,
+    prefix: tuple[jax.Array, jax.Array] | None = None,
+    scale: float | None = None,
+    seen: jax.Array | None = None,
+) -> jax.Array:
+    """Softmax attention in float32 with grouped key/value heads.
+
+    Args:
+      query: [batch, queries, heads, head_dim].
+      key, value: [batch, keys, kv_heads, head_dim]; kv_heads divides heads.
+      q_where, kv_where: where queries and keys stand.
+      causal: a query sees no later position of its segment.
+      window: it sees at most this many positions back, itself included (sliding window).
+      prefix: trained (key, value), each [prefix, kv_heads, head_dim], that every query sees.
+      scale: of the products; 1 / sqrt(head_dim) unless told.
+      seen: the `mask`, where the caller has made it once for all layers.
+
+    Returns:
+      [batch, queries, heads, head_dim]. A query that sees nothing (padding) gets a finite value.
+    """
+    batch = query.shape[0]
+    seen = mask(q_where, kv_where, causal=causal, window=window) if seen is None else seen
+    if prefix is not None:
+        front = [jnp.broadcast_to(p.astype(key.dtype), (batch, *p.shape)) for p in prefix]
+        key, value = (jnp.concatenate(pair, axis=1) for pair in zip(front, (key, value), strict=True))
+        seen = jnp.concatenate([jnp.ones((*seen.shape[:2], front[0].shape[1]), bool), seen], axis=2)
+    return jax.nn.dot_product_attention(query, key, value, mask=seen[:, None], scale=scale)

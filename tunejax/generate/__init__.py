@@ -1,0 +1,1 @@
+"""Floor 3: cached decoding, sampling and stopping."""

@@ -1,0 +1,1 @@
+"""Floor 4: Hugging Face checkpoints and adapters, both ways."""

@@ -1,0 +1,1 @@
+"""Floor 2: one tuning method a file, each a transform of the parameter pytree."""

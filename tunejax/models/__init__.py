@@ -1,0 +1,1 @@
+"""Floor 2: blueprints in Flax NNX, handed up as the pure functions of core.model.Model."""

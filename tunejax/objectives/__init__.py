@@ -1,0 +1,1 @@
+"""Floor 2: losses as sums and weights."""
