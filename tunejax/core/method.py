@@ -1,6 +1,6 @@
 """Methods: pure functions on a parameter pytree that compose like optax transformations.
 
-    chain(lora(rank=8, targets="attention/{q,v}/kernel"), train("norm/*"))
+chain(lora(rank=8, targets="attention/{q,v}/kernel"), train("norm/*"))
 """
 
 import zlib
@@ -38,9 +38,9 @@ class Start(NamedTuple):
     state: has neither: masks, importance, budgets.
     """
 
-    edits: dict[Path, Leaf | None] = {}
-    train: PyTree = {}
-    state: PyTree = {}
+    edits: dict[Path, Leaf | None] = {}  # noqa: RUF012
+    train: PyTree = {}  # noqa: RUF012
+    state: PyTree = {}  # noqa: RUF012
 
 
 class Method(NamedTuple):
@@ -54,6 +54,7 @@ class Method(NamedTuple):
     axes:    (model axes a path, shapes of train) -> logical axes a leaf of train, to shard by.
     cuts:    (depth) -> the layers before which the stack is to be cut into segments.
     parts:   the methods that `chain` joined; empty for a single one.
+    targets: the patterns that it was asked for, to report by; empty where it has none.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Method(NamedTuple):
     axes: Callable[[Mapping[Path, Axes], PyTree], PyTree]
     cuts: Callable[[int], tuple[int, ...]]
     parts: "tuple[Method, ...]" = ()
+    targets: tuple[str, ...] = ()
 
 
 def method(
@@ -77,6 +79,7 @@ def method(
     merge: Callable[..., Params] | None = None,
     axes: Callable[..., PyTree] | None = None,
     cuts: Callable[[int], tuple[int, ...]] | None = None,
+    targets: tuple[str, ...] = (),
 ) -> Method:
     """A `Method` from the two functions that every one has; the others default to keeping, to 0 and to densifying."""
 
@@ -92,6 +95,7 @@ def method(
         merge=merge or merge_bound,
         axes=axes or _axes_by_path,
         cuts=cuts or (lambda depth: ()),
+        targets=targets,
     )
 
 
@@ -226,7 +230,8 @@ def per_site(
     def cuts(depth: int) -> tuple[int, ...]:
         return layer_cuts(layers, depth)
 
-    return method(name, init, bind, axes=site_axes, cuts=cuts, **others)
+    named = (targets,) if isinstance(targets, str) else tuple(targets)
+    return method(name, init, bind, axes=site_axes, cuts=cuts, targets=named, **others)
 
 
 def _site_axes(kernel: Axes | None, arrays: dict[str, Any], axes: Mapping[str, Axes]) -> dict[str, Axes]:

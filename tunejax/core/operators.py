@@ -6,7 +6,7 @@ it scans, shards, checkpoints and donates like an array; everything else in it i
 """
 
 import dataclasses
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, Protocol, TypeVar, dataclass_transform, runtime_checkable
 
 import jax
 
@@ -43,6 +43,7 @@ def static(**kwargs: Any) -> Any:
     return dataclasses.field(metadata={"static": True}, **kwargs)
 
 
+@dataclass_transform(frozen_default=True, field_specifiers=(static,))
 def operator(cls: type[T]) -> type[T]:
     """Class decorator: a frozen dataclass that is a pytree of its non-`static` fields."""
     cls = dataclasses.dataclass(frozen=True)(cls)

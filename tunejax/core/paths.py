@@ -67,8 +67,8 @@ def replace(tree: Params, updates: Mapping[Path, Leaf]) -> Params:
             grouped.setdefault(head, {})[rest] = leaf
         else:
             out[head] = leaf
-    for head, rest in grouped.items():
-        out[head] = replace(tree[head], rest)
+    for head, inner in grouped.items():
+        out[head] = replace(tree[head], inner)
     return out
 
 
@@ -122,7 +122,7 @@ class Segment(NamedTuple):
 def segments(params: Mapping[str, Any]) -> list[Segment]:
     """The segments of the stack in order, read off the leading axis of their leaves. Empty without ``layers``."""
     found, start = [], 0
-    for name, stack in params.get("layers", {}).items():
+    for name, stack in sorted(params.get("layers", {}).items(), key=lambda item: int(item[0])):
         size = next(leaf.shape[0] for leaf in flatten(stack).values() if leaf is not None)
         found.append(Segment(name, start, size))
         start += size
@@ -227,7 +227,7 @@ def select(
 
 def _nearest_paths(pattern: str, flat: Mapping[Path, Leaf]) -> str:
     wanted = re.sub(r"[*{}!]+", "", pattern).strip("/")
-    tails = {}
+    tails: dict[str, Path] = {}
     for p in flat:
         tails.setdefault("/".join(p.split("/")[2:]) if p.startswith("layers/") else p, p)
     close = errors.nearest(wanted, tails)

@@ -1,0 +1,147 @@
+"""The command line: one command, a verb each. Heavy imports wait inside the verbs, so ``--help`` is instant."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from tunejax.core import errors
+
+INTERRUPTED = 130
+EPILOG = """
+Config keys and their defaults: tunejax train --keys
+Any key of the config can be overridden: tunejax train CONFIG train.learning_rate=1e-4 model.path=FOLDER
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse whose mistakes are `ConfigError`s, with the nearest choice."""
+
+    def error(self, message: str) -> None:  # type: ignore[override]
+        raise errors.ConfigError(f"{message}\n{self.format_usage().strip()}")
+
+    def _check_value(self, action: argparse.Action, value: object) -> None:
+        if action.choices is not None and value not in action.choices:
+            what = action.metavar or action.dest
+            choices = [str(c) for c in action.choices]
+            raise errors.ConfigError(f"unknown {what} {value!r}. {errors.did_you_mean(str(value), choices)}")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of every verb."""
+    top = _Parser(prog="tunejax", description="Tune a pretrained language model.", epilog=EPILOG, allow_abbrev=False,
+                  formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    top.add_argument("--version", action="store_true", help="print the version")
+    verbs = top.add_subparsers(dest="verb", metavar="verb", parser_class=_Parser)
+
+    def verb(name: str, text: str) -> argparse.ArgumentParser:
+        return verbs.add_parser(name, help=text, description=text, allow_abbrev=False)
+
+    def config(name: str, text: str) -> argparse.ArgumentParser:
+        sub = verb(name, text)
+        sub.add_argument("config", nargs="?", help="YAML file")
+        sub.add_argument("overrides", nargs="*", metavar="key=value", help="override a key of the config")
+        return sub
+
+    config("train", "tune a model; the same command again resumes").add_argument(
+        "--keys", action="store_true", help="list every config key with its default"
+    )
+    config("validate", "check config, files, model and targets without running")
+    config("preprocess", "show rows as they will be trained on, and audit them").add_argument(
+        "--rows", type=int, default=5, help="how many rows to show (default 5)"
+    )
+    evaluate = verb("evaluate", "loss, perplexity and accuracy of a run, or of a config's base model")
+    evaluate.add_argument("run", help="run folder, or a config (its base model, untuned)")
+    evaluate.add_argument("overrides", nargs="*", metavar="key=value", help="override a key of its config")
+    evaluate.add_argument("--output", help="also write the numbers to this JSON file")
+    _generate(verb("generate", "stream text from a model folder, a hub id or a run folder"))
+    export = verb("export", "write the tuned model as one that transformers loads")
+    export.add_argument("run", help="run folder")
+    export.add_argument("--format", default="hf", choices=["hf"], help="hf: merged weights in Hugging Face layout")
+    export.add_argument("--output", required=True, help="folder to write; must not exist or be empty")
+    export.add_argument(
+        "--dtype", choices=["float32", "bfloat16", "float16"], help="of the weights (default: as loaded)"
+    )
+    verb("env", "print versions and devices")
+    return top
+
+
+def _generate(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("model", help="model folder, hub id, 'embedded', or run folder")
+    sub.add_argument("--prompt", action="append", default=[], help="repeat for several; without any, read from stdin")
+    sub.add_argument("--raw", action="store_true", help="no chat template, no template of the run's config")
+    sub.add_argument("--max-new-tokens", type=int, default=None)
+    sub.add_argument("--temperature", type=float, default=None, help="0 (default): greedy")
+    sub.add_argument("--top-k", type=int)
+    sub.add_argument("--top-p", type=float)
+    sub.add_argument("--min-p", type=float)
+    sub.add_argument("--seed", type=int, default=0)
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    args, rest = parser().parse_known_args(argv)
+    # argparse gives up on positionals that follow an option; overrides may stand anywhere.
+    strange = [x for x in rest if x.startswith("-") or not hasattr(args, "overrides")]
+    if strange:
+        known = [o for o in _options(args.verb) if o.startswith("--")]
+        raise errors.ConfigError(f"unknown argument {strange[0]!r}. {errors.did_you_mean(strange[0], known)}")
+    if rest:
+        args.overrides = [*args.overrides, *rest]
+    return args
+
+
+def _options(verb: str | None) -> list[str]:
+    top = parser()
+    verbs = next(a for a in top._actions if isinstance(a, argparse._SubParsersAction))
+    chosen = verbs.choices[verb] if verb else top
+    return [o for a in chosen._actions for o in a.option_strings]
+
+
+def run(argv: Sequence[str] | None = None) -> int:
+    """Runs one verb and returns its exit code. Raises TunejaxError on a user's mistake."""
+    args = _parse(argv)
+    if args.version:
+        from importlib import metadata
+
+        print("tunejax", metadata.version("tunejax"))
+        return 0
+    if args.verb is None:
+        parser().print_help()
+        return 0
+    if getattr(args, "keys", False):
+        from tunejax.config import load
+
+        print(load.fields_help())
+        return 0
+    if getattr(args, "config", "") is None:
+        raise errors.ConfigError(f"{args.verb} needs a config: tunejax {args.verb} CONFIG [key=value ...]")
+    import importlib
+
+    recipe = importlib.import_module(f"tunejax.recipes.{args.verb}")
+    return recipe.main(args) or 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The console command: a user's mistake is one message on stderr and exit code 2."""
+    try:
+        return run(argv)
+    except errors.TunejaxError as e:
+        print(f"tunejax: {e}", file=sys.stderr)
+        return 2
+    except SystemExit as e:  # argparse's --help
+        return e.code if isinstance(e.code, int) else 2
+    except KeyboardInterrupt:
+        print("tunejax: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as e:
+        if e.filename is None:
+            raise
+        print(f"tunejax: cannot use {e.filename}: {e.strerror}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,211 @@
+"""What a config may say. Keys take the names that users of Hugging Face know where one exists.
+
+Every section refuses unknown keys. What only another part can judge (a method's arguments, a file's contents)
+is checked by that part, with an error of its own.
+"""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+class Section(BaseModel):
+    """A part of the config: unknown keys are refused, defaults are checked, nothing is coerced from another type."""
+
+    model_config = ConfigDict(extra="forbid", validate_default=True, protected_namespaces=())
+
+
+class ModelSection(Section):
+    """Which pretrained model, and how it is held."""
+
+    path: str = Field("embedded", description="folder, hub id, 'embedded', or 'package:NAME/folder'", min_length=1)
+    tokenizer: str | None = Field(None, description="another folder or id for the tokenizer")
+    head: Literal["lm", "mlm", "classification"] | None = Field(None, description="by default what the objective asks")
+    num_labels: int | None = Field(None, ge=2, description="of a classification head; by default read off the data")
+    dtype: Dtype = Field("float32", description="of the computation; trained values stay float32")
+    param_dtype: Dtype = Field("float32", description="of the frozen base")
+    remat: str = Field("none", description="what the backward pass computes again: none, dots, full")
+    dropout: float | None = Field(None, ge=0, lt=1, description="instead of the checkpoint's own")
+
+
+class Source(Section):
+    """One of several files or hub ids that are mixed."""
+
+    path: str = Field(min_length=1)
+    weight: float = Field(1.0, gt=0, description="how often its rows are drawn, relative to the other sources")
+
+
+class DataSection(Section):
+    """The rows, and how they become batches."""
+
+    path: list[Source] = Field(description="file, hub id, or a list of them (or of {path, weight}) to mix")
+    eval_path: str | None = None
+    split: str = Field("train", description="of a hub id")
+    eval_split: str = "validation"
+    format: Literal["text", "prompt_completion", "messages", "classification"] | None = Field(
+        None, description="by default told from the keys of the first row"
+    )
+    columns: dict[str, str] = Field({}, description="the name expected -> the name in the file")
+    labels: list[str] | None = Field(None, description="names of the classes, in order")
+    template: str | None = Field(None, description="for prompt_completion: text around '{prompt}'")
+    max_length: int = Field(512, ge=2)
+    packing: bool = False
+    assistant_only_loss: bool = Field(True, description="for messages: only assistant turns bear loss")
+    completion_only_loss: bool = Field(True, description="for prompt_completion: only the completion bears loss")
+    append_eos: bool = Field(True, description="end every example with the end-of-sequence token, in the loss")
+    on_bad_row: Literal["error", "skip"] = "error"
+    truncate: bool = Field(False, description="cut rows longer than max_length instead of calling them bad")
+    shuffle: bool = True
+    max_rows: int | None = Field(None, ge=1, description="only the first rows of `path`")
+    max_eval_rows: int | None = Field(None, ge=1)
+
+    @field_validator("path", mode="before")
+    @classmethod
+    def _sources(cls, value: Any) -> Any:
+        if not value:
+            raise ValueError("name at least one file or hub id")
+        sources = value if isinstance(value, list) else [value]
+        return [s if isinstance(s, dict) else {"path": s} for s in sources]
+
+
+class ObjectiveSection(BaseModel):
+    """What training minimises; further keys are options of that objective."""
+
+    model_config = ConfigDict(extra="allow")
+    name: Literal["causal_lm", "masked_lm", "classification"] = "causal_lm"
+
+
+class TrainSection(Section):
+    """The optimisation, and what is written while it runs."""
+
+    learning_rate: float = Field(2e-4, gt=0)
+    max_steps: int | None = Field(None, ge=1, description="overrides num_train_epochs")
+    num_train_epochs: float | None = Field(None, gt=0, description="3 unless max_steps is given")
+    train_batch_size: int | None = Field(
+        None, ge=1, description="rows of one optimiser step, over all devices and accumulation; 8 unless told"
+    )
+    per_device_train_batch_size: int | None = Field(
+        None, ge=1, description="instead: times the devices of the data axes, times gradient_accumulation_steps"
+    )
+    gradient_accumulation_steps: int = Field(1, ge=1, description="micro-batches that a step is cut into")
+    eval_batch_size: int | None = Field(None, ge=1, description="by default that of a micro-batch")
+    optim: str = "adamw"
+    lr_scheduler_type: str = "linear"
+    warmup_steps: int = Field(0, ge=0)
+    warmup_ratio: float = Field(0.0, ge=0, le=1, description="of all steps; not together with warmup_steps")
+    weight_decay: float = Field(0.0, ge=0)
+    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    adam_beta2: float = Field(0.999, ge=0, lt=1)
+    adam_epsilon: float = Field(1e-8, gt=0)
+    max_grad_norm: float | None = Field(1.0, gt=0, description="global norm that gradients are cut to; null: never")
+    logging_steps: int = Field(10, ge=1)
+    eval_steps: int | None = Field(None, ge=1)
+    save_steps: int | None = Field(None, ge=1, description="by default a tenth of all steps")
+    save_total_limit: int = Field(2, ge=1)
+    metric_for_best_model: str = "eval_loss"
+    greater_is_better: bool | None = Field(None, description="by default false for a loss, else true")
+    early_stopping_patience: int | None = Field(None, ge=1, description="evaluations without a better one")
+    max_nonfinite_steps: int = Field(5, ge=1, description="stop after so many skipped updates in a row")
+    report_to: list[Literal["tensorboard", "wandb"]] = ["tensorboard"]
+    progress: bool = True
+
+    @field_validator("report_to", mode="before")
+    @classmethod
+    def _listed(cls, value: Any) -> Any:
+        if value in ("none", None):
+            return []
+        return [value] if isinstance(value, str) else value
+
+    @field_validator("max_steps", mode="before")
+    @classmethod
+    def _unset(cls, value: Any) -> Any:
+        return None if value == -1 else value
+
+    @model_validator(mode="after")
+    def _agree(self) -> "TrainSection":
+        if self.warmup_steps and self.warmup_ratio:
+            raise ValueError("give warmup_steps or warmup_ratio, not both")
+        if self.train_batch_size and self.per_device_train_batch_size:
+            raise ValueError("give train_batch_size or per_device_train_batch_size, not both")
+        if (self.train_batch_size or 0) % self.gradient_accumulation_steps:
+            raise ValueError(
+                f"train_batch_size ({self.train_batch_size}) must be a multiple of gradient_accumulation_steps "
+                f"({self.gradient_accumulation_steps})"
+            )
+        if self.early_stopping_patience and not self.eval_steps:
+            raise ValueError("early_stopping_patience counts evaluations: set eval_steps too")
+        return self
+
+
+class MeshSection(Section):
+    """How many devices each axis of the mesh has; -1 for one of them takes the rest."""
+
+    data: int = Field(-1, ge=-1)
+    fsdp: int = Field(1, ge=-1)
+    tensor: int = Field(1, ge=-1)
+
+    @model_validator(mode="after")
+    def _one_rest(self) -> "MeshSection":
+        sizes = (self.data, self.fsdp, self.tensor)
+        if 0 in sizes or sizes.count(-1) > 1:
+            raise ValueError(f"data, fsdp, tensor are {sizes}: each is at least 1, and at most one of them -1")
+        return self
+
+
+class GenerationSection(Section):
+    """How text is sampled: for samples, for exact match, and by `tunejax generate`."""
+
+    max_new_tokens: int = Field(64, ge=1)
+    temperature: float = Field(0.0, ge=0, description="0: greedy")
+    top_k: int | None = Field(None, ge=1)
+    top_p: float | None = Field(None, gt=0, le=1)
+    min_p: float | None = Field(None, gt=0, le=1)
+    prompts: list[str] = Field([], description="sampled at the end; by default the first prompts of eval_path")
+    num_samples: int = Field(5, ge=0)
+
+
+class EvaluationSection(Section):
+    """What is measured before and after training on data.eval_path, besides the loss."""
+
+    exact_match: bool | None = Field(None, description="generate and compare; by default for prompt_completion rows")
+    max_rows: int = Field(200, ge=1, description="rows that exact match generates for")
+
+
+class Config(Section):
+    """A whole run."""
+
+    output_dir: str = Field(min_length=1)
+    seed: int = Field(0, ge=0)
+    model: ModelSection = ModelSection()  # type: ignore[call-arg]
+    data: DataSection
+    method: dict[str, Any] | list[dict[str, Any]] = Field(description="one method, or a list to chain")
+    objective: ObjectiveSection = ObjectiveSection()
+    train: TrainSection = TrainSection()  # type: ignore[call-arg]
+    mesh: MeshSection = MeshSection()  # type: ignore[call-arg]
+    generation: GenerationSection = GenerationSection()  # type: ignore[call-arg]
+    evaluation: EvaluationSection = EvaluationSection()  # type: ignore[call-arg]
+    expected: dict[str, tuple[float, float]] = Field({}, description="key of summary.json -> the range it must lie in")
+
+    @field_validator("method", mode="before")
+    @classmethod
+    def _by_name(cls, value: Any) -> Any:
+        specs = value if isinstance(value, list) else [value]
+        specs = [{"name": s} if isinstance(s, str) else s for s in specs]
+        for spec in specs:
+            if not isinstance(spec, dict) or not isinstance(spec.get("name"), str):
+                raise ValueError(f"a method is a mapping with a name, such as {{name: lora, rank: 8}}; found {spec!r}")
+        if not specs:
+            raise ValueError("name at least one method")
+        return specs if isinstance(value, list) else specs[0]
+
+    @model_validator(mode="after")
+    def _head_fits(self) -> "Config":
+        needs = {"causal_lm": "lm", "masked_lm": "mlm", "classification": "classification"}[self.objective.name]
+        if self.model.head not in (None, needs):
+            raise ValueError(f"objective {self.objective.name} needs model.head: {needs}, found {self.model.head}")
+        self.model.head = needs  # type: ignore[assignment]
+        if self.objective.name == "classification" and self.data.packing:
+            raise ValueError("data.packing does not go with objective.name: classification (one example a row)")
+        return self

@@ -1,0 +1,118 @@
+"""LoRA: a trained low-rank product beside a frozen kernel (Hu et al., 2022, arXiv:2106.09685).
+
+    y = x W + scale · (x A) B        A [in, rank], B [rank, out] = 0 at the start
+
+PEFT stores both transposed: its lora_A is A.T [rank, in], its lora_B is B.T [out, rank].
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from tunejax.core import errors, operators
+from tunejax.core import method as methods
+from tunejax.core.method import Context, Method
+
+ALIASES = {
+    "r": "rank",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "target_modules": "targets",
+    "use_rslora": "rslora",
+    "layers_to_transform": "layers",
+}
+"""What PEFT calls it -> what it is here."""
+
+
+@operators.operator
+class LoRA:
+    """base(x) + scale · (dropout(x) a) b.
+
+    base: kernel [..., in, out], or an operator that stands for one. a [..., in, rank]; b [..., rank, out].
+    key: [...] PRNG keys of the dropout, one a layer, or None where there is none.
+    """
+
+    base: Any
+    a: jax.Array
+    b: jax.Array
+    key: Any = None
+    scale: float = operators.static(default=1.0)
+    dropout: float = operators.static(default=0.0)
+
+    def __call__(self, x: jax.Array, bias: jax.Array | None = None) -> jax.Array:
+        """x [..., in] -> [..., out]."""
+        narrow = project(drop(x, self.dropout, self.key), self.a)
+        return operators.apply(self.base, x, bias) + (self.scale * narrow) @ self.b.astype(x.dtype)
+
+    def dense(self) -> jax.Array:
+        """base + scale · a b, added in float32 and rounded once to the type of the base."""
+        change = self.scale * jnp.matmul(self.a, self.b, precision="highest")
+        return (operators.dense(self.base).astype(jnp.float32) + change).astype(self.dtype)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the base."""
+        return self.base.shape
+
+    @property
+    def dtype(self) -> Any:
+        """Type of the base."""
+        return self.base.dtype
+
+
+def project(x: jax.Array, a: jax.Array) -> jax.Array:
+    """x [..., in] @ a [in, rank] -> [..., rank]. The one place to change how the narrow product differentiates."""
+    return x @ a.astype(x.dtype)
+
+
+def drop(x: jax.Array, rate: float, key: Any) -> jax.Array:
+    """Inverted dropout; the identity without a key."""
+    if key is None or rate == 0.0:
+        return x
+    kept = jax.random.bernoulli(key, 1.0 - rate, x.shape)
+    return jnp.where(kept, x / (1.0 - rate), jnp.zeros((), x.dtype))
+
+
+def lora(
+    targets: str | list[str] = "/layers/**/kernel",
+    rank: int = 8,
+    alpha: float = 16.0,
+    dropout: float = 0.0,
+    rslora: bool = False,
+    layers: str | int | None = None,
+) -> Method:
+    """Trains low-rank products beside frozen kernels.
+
+    Args:
+      targets: globs over kernels; every linear layer of the stack unless told.
+      rank: inner width r.
+      alpha: the product is scaled by alpha / rank,
+      rslora: or by alpha / sqrt(rank) (rsLoRA, arXiv:2312.03732).
+      dropout: rate on the input of A while training.
+      layers: only these layers of the stack, as a slice: "-2:".
+
+    Raises:
+      ConfigError: rank below 1, dropout outside [0, 1).
+      TargetError (from init): nothing matched, or what matched is no kernel.
+    """
+    if rank < 1:
+        raise errors.ConfigError(f"lora: rank is {rank}; it must be at least 1")
+    if not 0.0 <= dropout < 1.0:
+        raise errors.ConfigError(f"lora: dropout is {dropout}; it must lie in [0, 1)")
+    scale = alpha / (math.sqrt(rank) if rslora else rank)
+
+    def new(key: Any, kernel: Any) -> dict[str, Any]:
+        *lead, fan_in, fan_out = kernel.shape
+        bound = 1.0 / math.sqrt(fan_in)  # kaiming_uniform_(a=sqrt(5)), as PEFT draws it
+        a = jax.random.uniform(key, (*lead, fan_in, rank), jnp.float32, -bound, bound)
+        return {"a": a, "b": jnp.zeros((*lead, rank, fan_out), jnp.float32)}
+
+    def wrap(kernel: Any, arrays: dict[str, Any], ctx: Context) -> LoRA:
+        key = ctx.key if ctx.train and dropout else None
+        if key is not None and len(kernel.shape) == 3:
+            key = jax.random.split(key, kernel.shape[0])
+        return LoRA(kernel, arrays["a"], arrays["b"], key, scale=scale, dropout=dropout)
+
+    return methods.per_site("lora", targets, new, wrap, layers=layers, axes={"a": ("in", None), "b": (None, "out")})

@@ -1,0 +1,180 @@
+"""Methods by name: from a config's ``method:`` to a `Method`. A method's module is imported when it is asked for."""
+
+import difflib
+import importlib
+import importlib.util
+import inspect
+import sys
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from tunejax.core import errors
+from tunejax.core import method as methods
+from tunejax.core.method import Method
+
+NAMES: dict[str, str] = {
+    "full": "tunejax.methods.full:full",
+    "last_k": "tunejax.methods.full:last_k",
+    "bitfit": "tunejax.methods.bitfit:bitfit",
+    "lora": "tunejax.methods.lora:lora",
+}
+"""Name in a config -> where its factory lies."""
+
+MODULES: dict[str, list[str]] = {
+    "q_proj": ["attention/q/kernel"],
+    "k_proj": ["attention/k/kernel"],
+    "v_proj": ["attention/v/kernel"],
+    "o_proj": ["attention/o/kernel"],
+    "gate_proj": ["mlp/gate/kernel"],
+    "up_proj": ["mlp/up/kernel"],
+    "down_proj": ["mlp/down/kernel"],
+    "query": ["attention/q/kernel"],
+    "key": ["attention/k/kernel"],
+    "value": ["attention/v/kernel"],
+    "c_attn": ["attention/{q,k,v}/kernel"],
+    "c_proj": ["attention/o/kernel", "mlp/down/kernel"],
+    "c_fc": ["mlp/up/kernel"],
+    "all-linear": ["/layers/**/kernel"],
+}
+"""Names of modules in Hugging Face's models -> globs here; what is not listed is taken as a glob."""
+
+
+def build(specs: Mapping[str, Any] | str | Sequence[Mapping[str, Any] | str]) -> Method:
+    """The method that a config describes: ``{name: lora, rank: 8}``, or a list of such to chain, first first.
+
+    A name is one of `NAMES`, "path/to/file.py:function" or "package.module:function"; the other keys are the
+    function's arguments. PEFT's spellings are accepted where a method knows them.
+
+    Raises:
+      ConfigError: unknown name, unknown or missing argument, wrong type: with what was found and the nearest choice.
+    """
+    listed = [specs] if isinstance(specs, Mapping | str) else list(specs)
+    if not listed:
+        raise errors.ConfigError(f"method: the list is empty; name at least one of {', '.join(NAMES)}")
+    return methods.chain(*(_one(s) for s in listed))
+
+
+def _one(spec: Mapping[str, Any] | str) -> Method:
+    spec = {"name": spec} if isinstance(spec, str) else dict(spec)
+    name = spec.pop("name", None)
+    if not isinstance(name, str):
+        raise errors.ConfigError(f"method: expected a mapping with a name, such as {{name: lora}}, found {spec}")
+    factory, module = find(name)
+    made = factory(**arguments(name, factory, _renamed(name, spec, getattr(module, "ALIASES", {}))))
+    if not isinstance(made, Method):
+        raise errors.ConfigError(f"method {name!r}: the function returned {type(made).__name__}, not a Method")
+    return made
+
+
+def find(name: str) -> tuple[Callable[..., Method], ModuleType]:
+    """The factory of that name and the module that it lies in. Raises ConfigError where there is none."""
+    place, colon, function = NAMES.get(name, name).rpartition(":")
+    if not colon:
+        raise errors.ConfigError(
+            f"method: {name!r} is not known. {errors.did_you_mean(name, NAMES)} "
+            "A method of your own is named by 'path/to/file.py:function' or 'package.module:function'."
+        )
+    module = _from_file(name, Path(place)) if place.endswith(".py") else _from_package(name, place)
+    factory = getattr(module, function, None)
+    if not callable(factory):
+        there = [k for k, v in vars(module).items() if inspect.isfunction(v) and not k.startswith("_")]
+        raise errors.ConfigError(
+            f"method: {place} has no function {function!r}. {errors.did_you_mean(function, there)}"
+        )
+    return factory, module
+
+
+def _from_file(name: str, path: Path) -> ModuleType:
+    if not path.is_file():
+        raise errors.ConfigError(f"method {name!r}: there is no file {path} (from {Path.cwd()})")
+    spec = importlib.util.spec_from_file_location(f"tunejax_user_{path.stem}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up there
+    try:
+        spec.loader.exec_module(module)
+    except Exception as e:
+        raise errors.ConfigError(f"method {name!r}: {path} could not be run: {type(e).__name__}: {e}") from e
+    return module
+
+
+def _from_package(name: str, place: str) -> ModuleType:
+    try:
+        return importlib.import_module(place)
+    except (ImportError, ValueError, TypeError) as e:
+        raise errors.ConfigError(f"method {name!r}: {place!r} could not be imported: {e}") from e
+
+
+def _renamed(name: str, given: Mapping[str, Any], aliases: Mapping[str, str]) -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, value in given.items():
+        ours = aliases.get(key, key)
+        if ours in out:
+            raise errors.ConfigError(f"method {name!r}: {key!r} is another word for {ours!r}; give one of them")
+        out[ours] = _globs(value) if key == "target_modules" else value
+    return out
+
+
+def _globs(modules: Any) -> Any:
+    listed = [modules] if isinstance(modules, str) else modules
+    if not isinstance(listed, list):
+        return modules
+    return [glob for m in listed for glob in (MODULES.get(m, [m]) if isinstance(m, str) else [m])]
+
+
+def arguments(name: str, factory: Callable[..., Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """``given`` checked against the factory's signature: names, and types where it states them.
+
+    Raises:
+      ConfigError: every unknown, missing or ill-typed argument, in one message.
+    """
+    from pydantic import ConfigDict, ValidationError, create_model
+
+    parameters = inspect.signature(factory).parameters
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    named = {k: p for k, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    try:
+        hints = typing.get_type_hints(factory)
+    except NameError:
+        hints = {}  # annotations of a user's file that cannot be resolved: its own code will judge
+    fields: dict[str, Any] = {
+        f"arg_{k}": (hints.get(k, Any), ... if p.default is p.empty else p.default) for k, p in named.items()
+    }
+    known = {f"arg_{k}": v for k, v in given.items() if k in named}
+    problems = [] if open_ended else [_unknown(k, named) for k in given if k not in named]
+    try:
+        checked = create_model("Arguments", __config__=ConfigDict(strict=True, arbitrary_types_allowed=True), **fields)(
+            **known
+        )
+        out = {k: getattr(checked, f"arg_{k}") for k in named if k in given}
+    except ValidationError as e:
+        out = {}
+        problems += _said(e.errors())
+    if problems:
+        raise errors.ConfigError(f"method {name!r}:\n  " + "\n  ".join(problems))
+    return {**{k: v for k, v in given.items() if k not in named}, **out}
+
+
+def _unknown(key: str, named: Mapping[str, Any]) -> str:
+    close = difflib.get_close_matches(key, list(named), n=1, cutoff=0.5)
+    return f"{key}: unknown. " + (f"Did you mean {close[0]!r}?" if close else f"It takes {', '.join(named)}.")
+
+
+def _said(found: Sequence[Any]) -> list[str]:
+    """One line an argument; the branches of a union are one problem."""
+    by_name: dict[str, tuple[list[str], Any]] = {}
+    for error in found:
+        key = str(error["loc"][0]).removeprefix("arg_")
+        by_name.setdefault(key, ([], error))[0].append(error["msg"].removeprefix("Input should be ").lower())
+    lines = []
+    for key, (messages, error) in by_name.items():
+        if error["type"] == "missing":
+            lines.append(f"{key}: required, and not given")
+        else:
+            expected = " or ".join(dict.fromkeys(messages))
+            lines.append(f"{key}: expected {expected}, found {error['input']!r}")
+    return lines

@@ -1,0 +1,107 @@
+"""From a config to the pure functions of `core.model.Model`."""
+
+from collections.abc import Mapping, Sequence
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from tunejax.core import errors, paths
+from tunejax.core.model import Model
+from tunejax.core.paths import Params
+from tunejax.models import axes, cache, decoder, encoder, stack, view
+from tunejax.models.blueprint import blueprint
+from tunejax.models.config import ModelConfig
+
+
+def build(
+    config: ModelConfig,
+    *,
+    head: str,
+    cuts: tuple[int, ...] = (),
+    dtype: Any = jnp.float32,
+    param_dtype: Any = jnp.float32,
+    remat: str = "none",
+    constrain: stack.Constrain = lambda x, axes: x,
+) -> Model:
+    """The model of ``config`` as pure functions of a parameter dict.
+
+    Args:
+      config: sizes and choices.
+      head: "lm" (decoder), "mlm" (encoder), "classification" or "none".
+      cuts: layers before which the stack is cut into segments.
+      dtype: of the computation; norms, softmax and losses stay in float32.
+      param_dtype: of fresh parameters.
+      remat: one of `stack.REMAT`.
+      constrain: (array, logical axes) -> array with a sharding constraint on it: ("batch", "length", None).
+
+    Raises:
+      ConfigError: a head, cut or remat policy that does not fit.
+      CheckpointError: an activation or rope scaling that is not supported.
+    """
+    kind = _kind(config, head)
+    sizes = stack.sizes(config.num_layers, cuts)
+    block_type, outer_type = (
+        (decoder.DecoderBlock, decoder.Decoder) if kind is decoder else (encoder.EncoderBlock, encoder.Encoder)
+    )
+    block = blueprint(lambda rngs: block_type(config, dtype=param_dtype, rngs=rngs))
+    outer = blueprint(lambda rngs: outer_type(config, head, dtype=param_dtype, rngs=rngs))
+    head_keys = kind.head_keys(config, head)
+
+    def init(key: Any) -> Params:
+        outer_key, stack_key = jax.random.split(key)
+        return {**outer.init(outer_key), "layers": stack.init(block, sizes, stack_key)}
+
+    def hidden(
+        params: Params,
+        batch: Mapping[str, jax.Array],
+        *,
+        cache: Mapping[str, Any] | None = None,
+        taps: Sequence[str] = (),
+        key: Any = None,
+    ) -> tuple[jax.Array, dict[str, Any]]:
+        return _hidden(params, batch, cache, tuple(taps), key)
+
+    def _hidden(params: Params, batch: Mapping[str, jax.Array], kv: Any, taps: tuple[str, ...], key: Any) -> Any:
+        where = view.where(batch)
+        kv = None if kv is None else cache.enter(kv, where)
+        keys = (None, None) if key is None or config.dropout == 0.0 else jax.random.split(key)
+        ends = outer.merge({name: value for name, value in params.items() if name != "layers"})
+        x = constrain(ends.enter(batch, where, dtype, keys[0]), stack.HIDDEN_AXES)
+        x, layers, aux = stack.run(
+            block,
+            params["layers"],
+            x,
+            view.make(config, where, kv),
+            cache=kv and kv["layers"],
+            key=keys[1],
+            taps=taps,
+            remat=remat,
+            constrain=constrain,
+        )
+        new = {} if kv is None else {"cache": cache.leave(kv, layers, where.positions.shape[1])}
+        return ends.leave(x), {**aux, **new}
+
+    shapes = jax.eval_shape(init, jax.random.key(0))
+    return Model(
+        init=init,
+        hidden=hidden,
+        head=lambda params: {k: params[k] for k in head_keys},
+        logits=lambda params, x: kind.logits(config, head, params, x),
+        cache=(lambda b, length, dtype: cache.empty(config, sizes, b, length, dtype)) if kind is decoder else None,
+        axes={path: axes.of(path, head) for path in paths.flatten(shapes)},
+        vocab_size=config.vocab_size,
+        depth=config.num_layers,
+    )
+
+
+def _kind(config: ModelConfig, head: str) -> ModuleType:
+    kind = {"decoder": decoder, "encoder": encoder}[config.kind]
+    if head not in kind.HEADS:
+        raise errors.ConfigError(
+            f"head {head!r} does not fit {config.family}, a {config.kind}. {errors.did_you_mean(head, kind.HEADS)}"
+        )
+    if head == "classification" and config.num_labels < 1:
+        raise errors.ConfigError("a classification head needs num_labels of at least 1")
+    return kind

@@ -1,0 +1,51 @@
+"""Rotary position embeddings: plain, linearly scaled, and the scaling of Llama 3."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tunejax.core import errors
+from tunejax.models.config import ModelConfig
+
+KINDS = ("default", "linear", "llama3")
+
+
+def frequencies(config: ModelConfig) -> np.ndarray:
+    """Radians a position of each pair of entries of a head, float32 [head_dim / 2].
+
+    Raises:
+      CheckpointError: a scaling other than `KINDS`.
+    """
+    scaling = dict(config.rope_scaling or ())
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    plain = 1.0 / config.rope_theta ** (np.arange(0, config.head_dim, 2, dtype=np.float32) / config.head_dim)
+    if kind == "default":
+        return plain.astype(np.float32)
+    if kind == "linear":
+        return (plain / scaling["factor"]).astype(np.float32)
+    if kind == "llama3":
+        return _llama3(plain, scaling)
+    raise errors.CheckpointError(f"rope_scaling: type {kind!r} is not supported. {errors.did_you_mean(kind, KINDS)}")
+
+
+def _llama3(plain: np.ndarray, scaling: dict) -> np.ndarray:
+    """Slow frequencies divided by ``factor``, fast ones kept, those between interpolated (Llama 3.1's release)."""
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    turns = scaling["original_max_position_embeddings"] * plain / (2 * math.pi)
+    keep = np.clip((turns - low) / (high - low), 0.0, 1.0)
+    return (keep * plain + (1.0 - keep) * plain / scaling["factor"]).astype(np.float32)
+
+
+def angles(config: ModelConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(cos, sin) for positions [batch, length], each float32 [batch, length, 1, head_dim / 2]."""
+    theta = positions[..., None, None].astype(jnp.float32) * frequencies(config)
+    return jnp.cos(theta), jnp.sin(theta)
+
+
+def rotate(x: jax.Array, rotation: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """x [batch, length, heads, head_dim] with entry i and entry i + head_dim / 2 turned together, in float32."""
+    cos, sin = rotation
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)

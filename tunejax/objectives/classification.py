@@ -1,0 +1,51 @@
+"""Classification of whole examples, one labelled position a row."""
+
+import jax
+import jax.numpy as jnp
+
+from tunejax.core.method import Context
+from tunejax.core.model import Batch, Model
+from tunejax.core.objective import LossOutput, Objective
+from tunejax.core.paths import Params
+from tunejax.objectives import causal_lm
+
+
+def make(*, label_smoothing: float = 0.0, class_weights: tuple[float, ...] | None = None) -> Objective:
+    """Cross-entropy over labels.
+
+    A row's label is its target at the position of its greatest loss_weight (the first token of an encoder, the last
+    of a decoder), and that is the position whose hidden state is classified. A row without weights does not count.
+
+    Args:
+      label_smoothing: e of (1 - e) one_hot + e / labels.
+      class_weights: a factor on the loss_weight of each label's rows, so the mean is weighted, as in torch.
+
+    Metrics: accuracy (unweighted by class).
+    """
+    causal_lm.check_options(label_smoothing)
+
+    def loss(model: Model, params: Params, frozen: Params, batch: Batch, ctx: Context) -> LossOutput:
+        hidden, _ = model.hidden(params, batch, key=ctx.key if ctx.train else None)
+        x, labels, rows = labelled(model, params, hidden, batch)
+        weights = rows if class_weights is None else rows * jnp.asarray(class_weights, jnp.float32)[labels]
+        logp = jax.nn.log_softmax(x, axis=-1)
+        losses = -(1 - label_smoothing) * jnp.take_along_axis(logp, labels[:, None], axis=-1)[:, 0]
+        losses -= label_smoothing * jnp.mean(logp, axis=-1)
+        correct = (jnp.argmax(x, axis=-1) == labels).astype(jnp.float32)
+        metrics = {"accuracy": (jnp.sum(rows * correct), jnp.sum(rows))}
+        return jnp.sum(weights * losses), jnp.sum(weights), metrics
+
+    return Objective("classification", {}, loss)
+
+
+def labelled(
+    model: Model, params: Params, hidden: jax.Array, batch: Batch
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Float32 logits [batch, labels], labels [batch] and row weights [batch] at each row's labelled position."""
+    all_weights = batch["loss_weights"].astype(jnp.float32)
+    at = jnp.argmax(all_weights, axis=1)[:, None]
+    rows = jnp.take_along_axis(all_weights, at, axis=1)[:, 0]
+    labels = jnp.take_along_axis(batch["targets"], at, axis=1)[:, 0]
+    pooled = jnp.take_along_axis(hidden, at[..., None], axis=1)[:, 0]
+    x = model.logits(model.head(params), pooled).astype(jnp.float32)
+    return x, jnp.clip(labels, 0, x.shape[-1] - 1), rows

@@ -1,0 +1,108 @@
+"""The adapter folder: what a run trained, and the digest of the base that it belongs to."""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from tunejax.core import errors
+
+FORMAT = 1
+ARRAYS, SPEC = "adapter.safetensors", "adapter.json"
+
+
+class Base(NamedTuple):
+    """The model that an adapter was trained on. digest: of the parameters that its checkpoint holds."""
+
+    name: str
+    digest: str
+
+
+class Adapter(NamedTuple):
+    """What `read` found. arrays: by name ("train|0:lora|...")."""
+
+    arrays: dict[str, np.ndarray]
+    base: Base
+    info: dict[str, Any]
+
+
+def save(folder: Path, trees: dict[str, Any], base: Base, info: dict[str, Any]) -> None:
+    """Writes arrays and spec, each whole or not at all.
+
+    Args:
+      trees: pytrees by name: train, state, fresh (a head that the checkpoint lacks).
+      info: what rebuilds the method and the head (JSON).
+    """
+    from safetensors import numpy as safetensors
+
+    folder.mkdir(parents=True, exist_ok=True)
+    arrays = {}
+    for tree, values in trees.items():
+        arrays.update({f"{tree}|{k}": np.asarray(x) for k, x in named(values).items()})
+    half = folder / f".{ARRAYS}"
+    safetensors.save_file({k: np.ascontiguousarray(x) for k, x in arrays.items()}, half)
+    half.replace(folder / ARRAYS)
+    spec = {"format": FORMAT, "base": base._asdict(), **info}
+    half = folder / f".{SPEC}"
+    half.write_text(json.dumps(spec, indent=2) + "\n", encoding="utf-8")
+    half.replace(folder / SPEC)
+
+
+def read(folder: Path) -> Adapter:
+    """Reads an adapter folder. Raises CheckpointError: missing, damaged, or of a later format."""
+    from safetensors import SafetensorError
+    from safetensors import numpy as safetensors
+
+    for name in (SPEC, ARRAYS):
+        if not (folder / name).is_file():
+            raise errors.CheckpointError(f"{folder} is no adapter: it has no {name} (has the run finished?)")
+    try:
+        spec = json.loads((folder / SPEC).read_text(encoding="utf-8"))
+        base = Base(**spec.pop("base"))
+        arrays = safetensors.load_file(folder / ARRAYS)
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as e:
+        raise errors.CheckpointError(f"{folder / SPEC} is damaged: {e}") from None
+    except SafetensorError as e:
+        raise errors.CheckpointError(f"{folder / ARRAYS} is damaged: {e}") from None
+    if spec.get("format") != FORMAT:
+        raise errors.CheckpointError(f"{folder} has format {spec.get('format')}; this version reads {FORMAT}")
+    return Adapter(arrays, base, spec)
+
+
+def check_base(adapter: Adapter, base: Base) -> None:
+    """Raises CheckpointError, naming both, where the adapter belongs to another base."""
+    if adapter.base.digest != base.digest:
+        raise errors.CheckpointError(
+            f"this adapter was trained on {adapter.base.name} (digest {adapter.base.digest[:16]}), and the model given "
+            f"is {base.name} (digest {base.digest[:16]}); give it the base that it was trained on"
+        )
+
+
+def restore(adapter: Adapter, tree: str, like: Any) -> Any:
+    """The arrays of one tree in the structure of ``like`` (ShapeDtypeStructs will do).
+
+    Raises:
+      CheckpointError: an array is missing, left over, or of another shape; every such one is named.
+    """
+    wanted = {f"{tree}|{k}": x for k, x in named(like).items()}
+    found = {k: x for k, x in adapter.arrays.items() if k.startswith(f"{tree}|")}
+    problems = [f"{k} is missing" for k in wanted if k not in found]
+    problems += [f"{k} is not of this method" for k in found if k not in wanted]
+    problems += [
+        f"{k} has shape {found[k].shape}, expected {tuple(x.shape)}"
+        for k, x in wanted.items()
+        if k in found and found[k].shape != tuple(x.shape)
+    ]
+    if problems:
+        raise errors.CheckpointError("the adapter does not fit the method:\n  " + "\n  ".join(problems[:20]))
+    leaves = [jax.numpy.asarray(found[k], x.dtype) for k, x in wanted.items()]
+    return jax.tree.unflatten(jax.tree.structure(like), leaves)
+
+
+def named(tree: Any) -> dict[str, Any]:
+    """The arrays of a pytree by key path, in its own order."""
+    return {
+        jax.tree_util.keystr(p, simple=True, separator="|"): x for p, x in jax.tree_util.tree_leaves_with_path(tree)
+    }

@@ -1,0 +1,94 @@
+"""What a run is: everything that is saved, and the base that it refers to."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from tunejax.core import method as method_lib
+from tunejax.core.model import Model
+from tunejax.core.paths import Params
+from tunejax.train import sharding
+
+PyTree = Any
+
+
+class TrainState(NamedTuple):
+    """All that a checkpoint holds, with the data iterator's state; the base is referenced, never copied.
+
+    Invariant: the run is a function of this, the base and the data: two runs from one state end in the same bytes.
+
+    step: int32 scalar, batches consumed. The learning rate counts updates made (in ``opt_state``) instead: a
+      skipped update does not advance it.
+    train, state: of the method (`core.method.Start`).
+    opt_state: of the optimiser, for ``train`` alone.
+    key: the PRNG key of the run; step n draws from ``fold_in(key, n)``.
+    nonfinite: int32 [2]: updates skipped in a row, and in all, because a loss or gradient was not finite.
+    """
+
+    step: jax.Array
+    train: PyTree
+    state: PyTree
+    opt_state: PyTree
+    key: jax.Array
+    nonfinite: jax.Array
+
+
+def start(
+    model: Model,
+    method: method_lib.Method,
+    optimizer: Any,
+    params: Params,
+    key: jax.Array,
+    mesh: Mesh,
+    rules: sharding.Rules = sharding.RULES,
+) -> tuple[TrainState, Params]:
+    """The state of step 0 and the base (params with the method's edits), both laid over the mesh.
+
+    Leaves that train whole move into the state, and a step donates the state: give ``params`` up after this call.
+
+    Args:
+      model: for its logical axes.
+      method: what to tune.
+      optimizer: an `optax.GradientTransformation`.
+      params: the model's parameters.
+      key: of the run; the method draws from ``fold_in(key, 0)``, the steps from ``fold_in(key, 1)``.
+      mesh, rules: where things go.
+    """
+    params = sharding.shard_params(mesh, rules, model.axes, params)
+    init_key, run_key = (jax.random.fold_in(key, i) for i in range(2))
+    shapes = jax.eval_shape(method.init, init_key, params)
+    places = start_shardings(model, method, shapes, params, mesh, rules)
+    begun = jax.jit(method.init, out_shardings=places)(init_key, params)
+    base = method_lib.apply_edits(params, begun.edits)
+    opt_shapes = jax.eval_shape(optimizer.init, begun.train)
+    opt_places = sharding.like_train(mesh, opt_shapes, begun.train, places.train)
+    opt_state = jax.jit(optimizer.init, out_shardings=opt_places)(begun.train)
+    step, nonfinite, run_key = jax.device_put(
+        (jnp.zeros((), jnp.int32), jnp.zeros((2,), jnp.int32), run_key), sharding.replicated(mesh)
+    )
+    return TrainState(step, begun.train, begun.state, opt_state, run_key, nonfinite), base
+
+
+def start_shardings(
+    model: Model,
+    method: method_lib.Method,
+    shapes: method_lib.Start,
+    params: Params,
+    mesh: Mesh,
+    rules: sharding.Rules,
+) -> method_lib.Start:
+    """Shardings of a method's `Start` from its shapes; ``state`` is whole on every device unless shaped like train."""
+    train = sharding.train_shardings(mesh, rules, method.axes(model.axes, shapes.train), shapes.train)
+    edits = {}
+    for path, leaf in shapes.edits.items():
+        one = sharding.params_shardings(mesh, rules, {"leaf": model.axes[path]}, {"leaf": leaf})
+        edits[path] = one["leaf"]
+    state = sharding.like_train(mesh, shapes.state, shapes.train, train)
+    return method_lib.Start(edits, train, state)
+
+
+def count(tree: PyTree) -> int:
+    """Entries of all arrays of ``tree``."""
+    return sum(x.size for x in jax.tree.leaves(tree))
