@@ -1,7 +1,5 @@
 """PyTorch: transformers' LlamaForCausalLM, LoRA by PEFT, torch.optim.AdamW. One JSON line (see common.py)."""
 
-from collections.abc import Callable
-
 import common
 import numpy as np
 
@@ -12,8 +10,8 @@ def main() -> None:
     common.measure("torch_compiled" if args.compile else "torch_eager", args, lambda mode: setup(mode, args.compile))
 
 
-def setup(mode: str, compiled: bool) -> Callable[[np.ndarray], float]:
-    """The training step of ``mode`` on a fresh model."""
+def setup(mode: str, compiled: bool) -> common.Setup:
+    """The training step of ``mode`` on a fresh model, and how many parameters it trains."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -49,7 +47,7 @@ def setup(mode: str, compiled: bool) -> Callable[[np.ndarray], float]:
         optimizer.zero_grad(set_to_none=True)
         return float(loss.detach())
 
-    return step
+    return step, sum(p.numel() for p in trained)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,8 @@ LEARNING_RATE, WEIGHT_DECAY = 1e-4, 0.01
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 """Llama with tied embeddings, 15.2M parameters; LoRA of rank 8 on all seven projections, AdamW, float32."""
 
+Setup = tuple[Callable[[np.ndarray], float], int]
+
 
 def arguments(**more: dict[str, Any]) -> argparse.Namespace:
     """The flags that every contender takes, and its own."""
@@ -49,15 +51,14 @@ def peak_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def measure(name: str, args: argparse.Namespace, setup: Callable[[str], Callable[[np.ndarray], float]]) -> None:
+def measure(name: str, args: argparse.Namespace, setup: Callable[[str], Setup]) -> None:
     """Runs a contender and prints one JSON line.
 
     Args:
-      setup: (mode) -> step; step takes rows int32 [BATCH, LENGTH + 1], updates the weights, waits for the
-        result and returns the loss.
+      setup: (mode) -> (step, trained); step takes rows int32 [BATCH, LENGTH + 1], updates the weights, waits for
+        the result and returns the loss; trained is the number of parameters that train.
     """
-    imported = peak_mb()
-    step = setup(args.mode)
+    step, trained = setup(args.mode)
     losses, first = [step(tokens(0))], process_age()
     for i in range(1, args.warmup):
         losses.append(step(tokens(i)))
@@ -77,7 +78,7 @@ def measure(name: str, args: argparse.Namespace, setup: Callable[[str], Callable
         "step_cpu_s": round(statistics.median(cpu), 4),
         "tokens_per_s": round(BATCH * LENGTH / statistics.median(seconds), 1),
         "peak_mb": round(peak_mb(), 1),
-        "peak_mb_before_setup": round(imported, 1),
+        "trained": trained,
         "losses": [round(x, 4) for x in losses],
     }
     print(json.dumps(result), file=sys.stdout, flush=True)

@@ -1,6 +1,6 @@
 """The tokenizer of the embedded model: byte-level BPE of 1,024 entries, learned from the generated text.
 
-    python experiments/embedded_model/tokenizer.py         # writes tunejax/assets/tiny/tokenizer*.json
+python experiments/embedded_model/tokenizer.py         # writes tunejax/assets/tiny/tokenizer*.json
 """
 
 import itertools

@@ -18,6 +18,7 @@ ELSEWHERE = {
     "max_seq_length": "data.max_length",
     "dataset": "data.path",
     "model_name_or_path": "model.path",
+    "truncate": "data.truncation=end",
     "lr": "train.learning_rate",
     "epochs": "train.num_train_epochs",
     "num_epochs": "train.num_train_epochs",

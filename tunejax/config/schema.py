@@ -51,12 +51,17 @@ class DataSection(Section):
     labels: list[str] | None = Field(None, description="names of the classes, in order")
     template: str | None = Field(None, description="for prompt_completion: text around '{prompt}'")
     max_length: int = Field(512, ge=2)
-    packing: bool = False
+    packing: bool | Literal["bfd", "first_fit", "wrapped"] = Field(False, description="several examples a row")
+    group_by_length: bool = Field(False, description="batches of examples of similar length")
     assistant_only_loss: bool = Field(True, description="for messages: only assistant turns bear loss")
     completion_only_loss: bool = Field(True, description="for prompt_completion: only the completion bears loss")
     append_eos: bool = Field(True, description="end every example with the end-of-sequence token, in the loss")
     on_bad_row: Literal["error", "skip"] = "error"
-    truncate: bool = Field(False, description="cut rows longer than max_length instead of calling them bad")
+    truncation: Literal["error", "skip", "end", "split"] = Field(
+        "error", description="what a row longer than max_length is: bad, left out, cut, or (text) several examples"
+    )
+    separator: str | None = Field(None, description="line between the documents of a text file")
+    eos_token_id: int | None = Field(None, ge=0, description="instead of the tokenizer's")
     shuffle: bool = True
     max_rows: int | None = Field(None, ge=1, description="only the first rows of `path`")
     max_eval_rows: int | None = Field(None, ge=1)
@@ -93,11 +98,12 @@ class TrainSection(Section):
     eval_batch_size: int | None = Field(None, ge=1, description="by default that of a micro-batch")
     optim: str = "adamw"
     lr_scheduler_type: str = "linear"
+    min_lr_ratio: float = Field(0.0, ge=0, le=1, description="where the schedule ends, relative to learning_rate")
     warmup_steps: int = Field(0, ge=0)
     warmup_ratio: float = Field(0.0, ge=0, le=1, description="of all steps; not together with warmup_steps")
     weight_decay: float = Field(0.0, ge=0)
-    adam_beta1: float = Field(0.9, ge=0, lt=1)
-    adam_beta2: float = Field(0.999, ge=0, lt=1)
+    adam_beta1: float | None = Field(None, ge=0, lt=1, description="by default the optimiser's own (adamw: 0.9)")
+    adam_beta2: float | None = Field(None, ge=0, lt=1, description="by default the optimiser's own (adamw: 0.999)")
     adam_epsilon: float = Field(1e-8, gt=0)
     max_grad_norm: float | None = Field(1.0, gt=0, description="global norm that gradients are cut to; null: never")
     logging_steps: int = Field(10, ge=1)
@@ -107,6 +113,7 @@ class TrainSection(Section):
     metric_for_best_model: str = "eval_loss"
     greater_is_better: bool | None = Field(None, description="by default false for a loss, else true")
     early_stopping_patience: int | None = Field(None, ge=1, description="evaluations without a better one")
+    load_best_model_at_end: bool | None = Field(None, description="by default where early_stopping_patience is given")
     max_nonfinite_steps: int = Field(5, ge=1, description="stop after so many skipped updates in a row")
     report_to: list[Literal["tensorboard", "wandb"]] = ["tensorboard"]
     progress: bool = True
@@ -208,4 +215,8 @@ class Config(Section):
         self.model.head = needs  # type: ignore[assignment]
         if self.objective.name == "classification" and self.data.packing:
             raise ValueError("data.packing does not go with objective.name: classification (one example a row)")
+        if self.train.eval_steps and not self.data.eval_path:
+            raise ValueError("train.eval_steps needs rows to evaluate on: set data.eval_path")
+        if self.train.load_best_model_at_end and not self.data.eval_path:
+            raise ValueError("train.load_best_model_at_end needs evaluations: set data.eval_path")
         return self

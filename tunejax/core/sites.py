@@ -49,6 +49,15 @@ def mask(q: Where, kv: Where, *, causal: bool, window: int | None = None) -> jax
     return seen
 
 
+HIDDEN = -1e30
+"""Added to the score of a key that is not seen. Finite, so a query that sees nothing gets no NaN."""
+
+
+def bias(seen: jax.Array) -> jax.Array:
+    """A bool `mask` as float32 to add to scores, for `attention`'s ``seen``: one select for all layers."""
+    return jnp.where(seen, 0.0, HIDDEN).astype(jnp.float32)
+
+
 def attention(
     query: jax.Array,
     key: jax.Array,
@@ -68,19 +77,56 @@ def attention(
       query: [batch, queries, heads, head_dim].
       key, value: [batch, keys, kv_heads, head_dim]; kv_heads divides heads.
       q_where, kv_where: where queries and keys stand.
-      causal: a query sees no later position of its segment.
+      causal: a query sees no later position of its segment. With as many keys as queries (no cache), positions of a
+        segment must rise with the slots that they stand in.
       window: it sees at most this many positions back, itself included (sliding window).
       prefix: trained (key, value), each [prefix, kv_heads, head_dim], that every query sees.
       scale: of the products; 1 / sqrt(head_dim) unless told.
-      seen: the `mask`, where the caller has made it once for all layers.
+      seen: the `mask`, or its `bias`, where the caller has made it once for all layers.
 
     Returns:
       [batch, queries, heads, head_dim]. A query that sees nothing (padding) gets a finite value.
     """
-    batch = query.shape[0]
+    batch, queries, _, head_dim = query.shape
+    scale = head_dim**-0.5 if scale is None else scale
     seen = mask(q_where, kv_where, causal=causal, window=window) if seen is None else seen
+    seen = bias(seen) if seen.dtype == jnp.bool_ else seen
+    ordered = causal and key.shape[1] == queries
+    before = 0
     if prefix is not None:
         front = [jnp.broadcast_to(p.astype(key.dtype), (batch, *p.shape)) for p in prefix]
+        before = front[0].shape[1]
         key, value = (jnp.concatenate(pair, axis=1) for pair in zip(front, (key, value), strict=True))
-        seen = jnp.concatenate([jnp.ones((*seen.shape[:2], front[0].shape[1]), bool), seen], axis=2)
-    return jax.nn.dot_product_attention(query, key, value, mask=seen[:, None], scale=scale)
+        seen = jnp.concatenate([jnp.zeros((*seen.shape[:2], before), seen.dtype), seen], axis=2)
+    if jax.default_backend() != "cpu":
+        return _fused(query, key, value, seen, scale)
+    if not ordered or queries < 2 * BLOCK:
+        return _attend(query, key, value, seen, scale)
+    # Queries a block at a time, each with no key after the block: half the products and a softmax that fits the cache.
+    blocks = [(i, min(i + BLOCK, queries)) for i in range(0, queries, BLOCK)]
+    out = [
+        _attend(query[:, i:j], key[:, : before + j], value[:, : before + j], seen[:, i:j, : before + j], scale)
+        for i, j in blocks
+    ]
+    return jnp.concatenate(out, axis=1)
+
+
+BLOCK = 64
+"""Queries that the CPU path takes at a time."""
+
+
+def _attend(query: jax.Array, key: jax.Array, value: jax.Array, seen: jax.Array, scale: float) -> jax.Array:
+    batch, queries, _, head_dim = query.shape
+    grouped = query.reshape(batch, queries, key.shape[2], -1, head_dim) * scale
+    scores = jnp.einsum("bqhgd,bkhd->bhgqk", grouped, key, preferred_element_type=jnp.float32)
+    weights = jax.nn.softmax(scores + seen[:, None, None], axis=-1).astype(value.dtype)
+    return jnp.einsum("bhgqk,bkhd->bqhgd", weights, value).reshape(query.shape)
+
+
+def _fused(query: jax.Array, key: jax.Array, value: jax.Array, seen: jax.Array, scale: float) -> jax.Array:
+    head_dim = query.shape[-1]
+    half = all(x.dtype in (jnp.bfloat16, jnp.float16) for x in (query, key, value))
+    cudnn = jax.default_backend() == "gpu" and half and head_dim % 8 == 0 and head_dim <= 128
+    return jax.nn.dot_product_attention(
+        query, key, value, mask=seen[:, None] >= 0, scale=scale, implementation="cudnn" if cudnn else "xla"
+    )

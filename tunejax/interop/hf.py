@@ -36,7 +36,7 @@ FRESH_HEADS = ("/head/*", "/pooler/*", "/classifier/*", "/mlm/**")
 
 
 class LoadReport(NamedTuple):
-    """fresh: paths of a head that the checkpoint lacks, drawn from the key. unused: its tensors that nothing here took."""
+    """fresh: paths of a head that the checkpoint lacks, drawn from the key. unused: tensors that nothing here took."""
 
     fresh: list[paths.Path]
     unused: list[str]

@@ -160,7 +160,7 @@ def arguments(name: str, factory: Callable[..., Any], given: Mapping[str, Any]) 
 
 
 def _unknown(key: str, named: Mapping[str, Any]) -> str:
-    close = difflib.get_close_matches(key, list(named), n=1, cutoff=0.5)
+    close = difflib.get_close_matches(key, list(named), n=1, cutoff=0.6)
     return f"{key}: unknown. " + (f"Did you mean {close[0]!r}?" if close else f"It takes {', '.join(named)}.")
 
 

@@ -129,7 +129,8 @@ def expand(pattern: str) -> list[str]:
     if inner is None:
         return [pattern]
     before, after = pattern[: inner.start()], pattern[inner.end() :]
-    return [p for choice in inner[1].split(",") for p in expand(before + choice + after)]
+    found = [p for choice in inner[1].split(",") for p in expand(before + choice + after)]
+    return list(dict.fromkeys(found))
 
 
 def _span(layers: list[int]) -> str:

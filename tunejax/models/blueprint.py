@@ -24,28 +24,25 @@ class Blueprint(NamedTuple, Generic[M]):
 
 def blueprint(make: Callable[[nnx.Rngs], M]) -> Blueprint[M]:
     """The blueprint of the module that ``make`` builds, found by tracing it: no array is allocated."""
-    traced: list[Any] = []
+    structure: list[Any] = []
+
+    def is_slot(leaf: Any) -> bool:
+        return isinstance(leaf, nnx.Variable)
 
     def init(key: Any) -> Params:
         graphdef, state = nnx.split(make(nnx.Rngs(params=key)))
-        traced.append((graphdef, state))
+        if not structure:
+            # Slots without their values, which are tracers here.
+            structure.extend([graphdef, jax.tree.map(lambda slot: slot.replace(None), state, is_leaf=is_slot)])
         return nnx.to_pure_dict(state)
 
-    with jax.ensure_compile_time_eval():
-        key = jax.random.key(0)
-    jax.eval_shape(init, key)
-    graphdef, template = traced.pop()
-
-    def fresh(key: Any) -> Params:
-        try:
-            return init(key)
-        finally:
-            traced.clear()
+    jax.eval_shape(init, jax.random.key(0))
+    graphdef, template = structure
 
     def merge(params: Params) -> M:
         # A copy, since replace_by_pure_dict writes into the state that it is given.
-        state = jax.tree.map(lambda v: v, template, is_leaf=lambda v: isinstance(v, nnx.Variable))
+        state = jax.tree.map(lambda slot: slot, template, is_leaf=is_slot)
         nnx.replace_by_pure_dict(state, params)
         return nnx.merge(graphdef, state)
 
-    return Blueprint(fresh, merge)
+    return Blueprint(init, merge)

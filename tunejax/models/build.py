@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from tunejax.core import errors, paths
 from tunejax.core.model import Model
 from tunejax.core.paths import Params
-from tunejax.models import axes, cache, decoder, encoder, stack, view
+from tunejax.models import axes, decoder, encoder, stack, view
+from tunejax.models import cache as caches
 from tunejax.models.blueprint import blueprint
 from tunejax.models.config import ModelConfig
 
@@ -61,11 +62,8 @@ def build(
         taps: Sequence[str] = (),
         key: Any = None,
     ) -> tuple[jax.Array, dict[str, Any]]:
-        return _hidden(params, batch, cache, tuple(taps), key)
-
-    def _hidden(params: Params, batch: Mapping[str, jax.Array], kv: Any, taps: tuple[str, ...], key: Any) -> Any:
         where = view.where(batch)
-        kv = None if kv is None else cache.enter(kv, where)
+        cache = None if cache is None else caches.enter(cache, where)
         keys = (None, None) if key is None or config.dropout == 0.0 else jax.random.split(key)
         ends = outer.merge({name: value for name, value in params.items() if name != "layers"})
         x = constrain(ends.enter(batch, where, dtype, keys[0]), stack.HIDDEN_AXES)
@@ -73,15 +71,16 @@ def build(
             block,
             params["layers"],
             x,
-            view.make(config, where, kv),
-            cache=kv and kv["layers"],
+            view.make(config, where, cache),
+            cache=cache and cache["layers"],
             key=keys[1],
             taps=taps,
             remat=remat,
             constrain=constrain,
         )
-        new = {} if kv is None else {"cache": cache.leave(kv, layers, where.positions.shape[1])}
-        return ends.leave(x), {**aux, **new}
+        if cache is not None:
+            aux["cache"] = caches.leave(cache, layers, where.positions.shape[1])
+        return ends.leave(x), aux
 
     shapes = jax.eval_shape(init, jax.random.key(0))
     return Model(
@@ -89,7 +88,9 @@ def build(
         hidden=hidden,
         head=lambda params: {k: params[k] for k in head_keys},
         logits=lambda params, x: kind.logits(config, head, params, x),
-        cache=(lambda b, length, dtype: cache.empty(config, sizes, b, length, dtype)) if kind is decoder else None,
+        cache=(lambda batch, length, dtype: caches.empty(config, sizes, batch, length, dtype))
+        if kind is decoder
+        else None,
         axes={path: axes.of(path, head) for path in paths.flatten(shapes)},
         vocab_size=config.vocab_size,
         depth=config.num_layers,

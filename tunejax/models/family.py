@@ -33,6 +33,7 @@ class Family(NamedTuple):
     tensors:     (ModelConfig, head) -> every tensor; head is "lm", "mlm", "classification" or "none".
     prefixes:    name prefixes that a checkpoint may or may not carry ("model.", "bert.", "transformer."): saved
                  with, read with or without.
+    aliases:     (older ending, ending) of tensor names: a name that ends in the older one is read as if in the other.
     """
 
     model_type: str
@@ -40,3 +41,4 @@ class Family(NamedTuple):
     write_config: Callable[[ModelConfig, str], dict[str, Any]]
     tensors: Callable[[ModelConfig, str], list[Tensor]]
     prefixes: tuple[str, ...] = ()
+    aliases: tuple[tuple[str, str], ...] = ()

@@ -1,6 +1,8 @@
 """Rotary position embeddings: plain, linearly scaled, and the scaling of Llama 3."""
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,25 +11,34 @@ import numpy as np
 from tunejax.core import errors
 from tunejax.models.config import ModelConfig
 
-KINDS = ("default", "linear", "llama3")
+NEEDS = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+"""The scalings that are known, and the entries of config.json's rope_scaling that each reads."""
+
+
+def check(scaling: Mapping[str, Any]) -> str:
+    """The kind of scaling. Raises CheckpointError for an unknown kind or a missing entry."""
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind not in NEEDS:
+        near = errors.did_you_mean(kind, NEEDS)
+        raise errors.CheckpointError(f"rope_scaling: rope_type {kind!r} is not supported. {near}")
+    missing = [k for k in NEEDS[kind] if k not in scaling]
+    if missing:
+        raise errors.CheckpointError(f"rope_scaling of rope_type {kind!r} lacks {', '.join(missing)}")
+    return kind
 
 
 def frequencies(config: ModelConfig) -> np.ndarray:
-    """Radians a position of each pair of entries of a head, float32 [head_dim / 2].
-
-    Raises:
-      CheckpointError: a scaling other than `KINDS`.
-    """
+    """Radians a position of each pair of entries of a head, float32 [head_dim / 2]. Raises as `check`."""
     scaling = dict(config.rope_scaling or ())
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    kind = check(scaling)
     plain = 1.0 / config.rope_theta ** (np.arange(0, config.head_dim, 2, dtype=np.float32) / config.head_dim)
-    if kind == "default":
-        return plain.astype(np.float32)
-    if kind == "linear":
-        return (plain / scaling["factor"]).astype(np.float32)
     if kind == "llama3":
         return _llama3(plain, scaling)
-    raise errors.CheckpointError(f"rope_scaling: type {kind!r} is not supported. {errors.did_you_mean(kind, KINDS)}")
+    return (plain / scaling["factor"] if kind == "linear" else plain).astype(np.float32)
 
 
 def _llama3(plain: np.ndarray, scaling: dict) -> np.ndarray:

@@ -1,5 +1,6 @@
 """A stack of equal blocks, stored stacked in segments and run by `jax.lax.scan`."""
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -41,7 +42,7 @@ def sizes(depth: int, cuts: Sequence[int]) -> list[int]:
         if not 0 <= cut <= depth:
             raise errors.ConfigError(f"cuts: {cut} is outside the stack of {depth} layers")
     edges = sorted({0, depth, *cuts})
-    return [b - a for a, b in zip(edges, edges[1:], strict=False)]
+    return [b - a for a, b in itertools.pairwise(edges)]
 
 
 def init(block: Blueprint, sizes: Sequence[int], key: Any) -> Params:
@@ -65,7 +66,7 @@ def run(
     taps: Sequence[str],
     remat: str,
     constrain: Constrain,
-) -> tuple[jax.Array, dict[str, Any] | None, dict[str, jax.Array]]:
+) -> tuple[jax.Array, dict[str, Any] | None, dict[str, Any]]:
     """x [batch, length, embed] through all blocks.
 
     Returns:

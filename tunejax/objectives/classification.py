@@ -38,9 +38,7 @@ def make(*, label_smoothing: float = 0.0, class_weights: tuple[float, ...] | Non
     return Objective("classification", {}, loss)
 
 
-def labelled(
-    model: Model, params: Params, hidden: jax.Array, batch: Batch
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+def labelled(model: Model, params: Params, hidden: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Float32 logits [batch, labels], labels [batch] and row weights [batch] at each row's labelled position."""
     all_weights = batch["loss_weights"].astype(jnp.float32)
     at = jnp.argmax(all_weights, axis=1)[:, None]

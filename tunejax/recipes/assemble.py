@@ -1,6 +1,8 @@
 """From a config to its parts: the same few lines that every recipe begins with."""
 
 import dataclasses
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +20,16 @@ from tunejax.objectives import causal_lm, classification, masked_lm
 from tunejax.recipes import adapter
 from tunejax.train import sharding
 
-OBJECTIVES = {"causal_lm": causal_lm.make, "masked_lm": masked_lm.make, "classification": classification.make}
+OBJECTIVES: dict[str, Callable[..., Objective]] = {"causal_lm": causal_lm.make, "masked_lm": masked_lm.make, "classification": classification.make}
+
+
+class Opened(NamedTuple):
+    """What a config names, as far as it can be read without weights."""
+
+    folder: Path
+    model_config: ModelConfig
+    tokenizer: Any
+    method: Method
 
 
 class Parts(NamedTuple):
@@ -26,7 +37,7 @@ class Parts(NamedTuple):
 
     config: schema.Config
     name: str
-    folder: str
+    folder: Path
     model_config: ModelConfig
     tokenizer: Any
     method: Method
@@ -43,17 +54,23 @@ class Loaded(NamedTuple):
     fresh: list[str]
 
 
-def parts(config: schema.Config, *, num_labels: int | None = None, mesh: Any = None) -> Parts:
-    """Builds everything but parameters and data. num_labels: as the data has it, where the config does not say."""
+def opened(config: schema.Config) -> Opened:
+    """Reads what the config names: its method's spec, the checkpoint's shape and its tokenizer; no weights."""
     method = registry.build(config.method)
     folder = hf.resolve(locate.model(config.model.path))
-    model_config = model_shape(config, hf.read_config(folder), num_labels)
+    found = hf.read_config(folder)
     tokenizer = hf.tokenizer(locate.locate(config.model.tokenizer) if config.model.tokenizer else folder)
-    if len(tokenizer) > model_config.vocab_size:
+    if len(tokenizer) > found.vocab_size:
         raise errors.ConfigError(
-            f"the tokenizer has {len(tokenizer)} tokens and the model {model_config.vocab_size}; "
-            "model.tokenizer belongs to another model"
+            f"the tokenizer has {len(tokenizer)} tokens and the model {found.vocab_size}: it belongs to another model"
         )
+    return Opened(folder, model_shape(config, found, None), tokenizer, method)
+
+
+def parts(config: schema.Config, from_: Opened, *, num_labels: int | None = None, mesh: Any = None) -> Parts:
+    """Builds everything but parameters and data. num_labels: as the data has it, where the config does not say."""
+    folder, found, tokenizer, method = from_
+    model_config = model_shape(config, found, num_labels)
     mesh = sharding.make_mesh(**config.mesh.model_dump()) if mesh is None else mesh
     model = build.build(
         model_config,
@@ -74,10 +91,7 @@ def model_shape(config: schema.Config, found: ModelConfig, num_labels: int | Non
     if config.model.dropout is not None:
         changes["dropout"] = config.model.dropout
     if config.model.head == "classification":
-        labels = config.model.num_labels or len(config.data.labels or ()) or num_labels or found.num_labels
-        if not labels:
-            raise errors.ConfigError("classification needs data.labels or model.num_labels")
-        changes["num_labels"] = labels
+        changes["num_labels"] = config.model.num_labels or len(config.data.labels or ()) or num_labels or 2
     if config.model.head == "lm" and found.kind == "encoder":
         raise errors.ConfigError(
             f"{config.model.path} is an encoder; objective.name: masked_lm or classification fits it"
@@ -105,7 +119,7 @@ def objective(config: schema.Config, tokenizer: Any) -> Objective:
             **options,
         }
     make = OBJECTIVES[config.objective.name]
-    known = [k for k in make.__kwdefaults__ or {}]  # type: ignore[attr-defined]
+    known = list(make.__kwdefaults__ or {})  # type: ignore[attr-defined]
     for key in options:
         if key not in known:
             raise errors.ConfigError(f"objective.{key}: unknown option. {errors.did_you_mean(key, known)}")

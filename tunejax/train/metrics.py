@@ -57,7 +57,7 @@ def _averaged(steps: list[dict[str, np.ndarray]]) -> dict[str, float]:
     weights = np.array([s["weight"] for s in steps], np.float64)
     good = np.isfinite(weights) & (np.array([s["nonfinite"] for s in steps]) == 0)
     out = {}
-    for name in steps[0]:
+    for name in sorted(steps[0], key=lambda n: (n != "loss", n)):
         values = np.array([s[name] for s in steps], np.float64)
         if name == "nonfinite":
             out[name] = float(values.max())

@@ -57,7 +57,7 @@ def start(
       mesh, rules: where things go.
     """
     params = sharding.shard_params(mesh, rules, model.axes, params)
-    init_key, run_key = (jax.random.fold_in(key, i) for i in range(2))
+    init_key = jax.random.fold_in(key, 0)
     shapes = jax.eval_shape(method.init, init_key, params)
     places = start_shardings(model, method, shapes, params, mesh, rules)
     begun = jax.jit(method.init, out_shardings=places)(init_key, params)
@@ -65,9 +65,12 @@ def start(
     opt_shapes = jax.eval_shape(optimizer.init, begun.train)
     opt_places = sharding.like_train(mesh, opt_shapes, begun.train, places.train)
     opt_state = jax.jit(optimizer.init, out_shardings=opt_places)(begun.train)
-    step, nonfinite, run_key = jax.device_put(
-        (jnp.zeros((), jnp.int32), jnp.zeros((2,), jnp.int32), run_key), sharding.replicated(mesh)
-    )
+
+    def counters(key: jax.Array) -> Any:
+        return jnp.zeros((), jnp.int32), jnp.zeros((2,), jnp.int32), jax.random.fold_in(key, 1)
+
+    # Not device_put: it refuses typed keys where the mesh spans processes.
+    step, nonfinite, run_key = jax.jit(counters, out_shardings=sharding.replicated(mesh))(key)
     return TrainState(step, begun.train, begun.state, opt_state, run_key, nonfinite), base
 
 

@@ -1,0 +1,116 @@
+import subprocess
+import sys
+
+import jax
+import pytest
+import tiny
+
+from tunejax.core import errors
+from tunejax.core.method import Method
+from tunejax.methods import registry
+
+KEY = jax.random.key(0)
+USER = """
+from __future__ import annotations
+from tunejax.core import method
+from tunejax.core.method import Method
+
+def mine(size: int, targets: str = "attention/q/kernel") -> Method:
+    return method.per_site("mine", targets, lambda k, w: {}, lambda w, a, c: w)
+
+def not_one():
+    return 3
+"""
+
+
+@pytest.mark.parametrize("name", registry.NAMES)
+def test_every_name_is_there(name):
+    factory, _ = registry.find(name)
+    assert factory.__name__ == name
+    assert factory.__doc__
+
+
+def test_one_and_a_chain():
+    assert isinstance(registry.build("full"), Method)
+    assert registry.build({"name": "lora", "rank": 2}).name == "lora"
+    both = registry.build([{"name": "lora", "rank": 2, "alpha": 4}, {"name": "full", "targets": "norm/*"}])
+    assert both.name == "lora+full"
+    assert [p.targets for p in both.parts] == [("/layers/**/kernel",), ("norm/*",)]
+
+
+def test_pefts_words():
+    ours = registry.build({"name": "lora", "rank": 2, "alpha": 3.0, "targets": ["attention/q/kernel"]})
+    theirs = registry.build(
+        {
+            "name": "lora",
+            "r": 2,
+            "lora_alpha": 3,
+            "lora_dropout": 0.0,
+            "target_modules": ["q_proj"],
+            "use_rslora": False,
+        }
+    )
+    a, b = (m.init(KEY, tiny.params()).train for m in (ours, theirs))
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    every = registry.build({"name": "lora", "target_modules": "all-linear"})
+    assert len(every.init(KEY, tiny.params()).train) == 7
+
+
+@pytest.mark.parametrize(
+    ("spec", "says"),
+    [
+        ({"name": "lorra"}, "Did you mean 'lora'"),
+        ({"name": "lora", "rnk": 3}, "rnk: unknown. Did you mean 'rank'"),
+        ({"name": "lora", "colour": 3}, "It takes targets, rank"),
+        ({"name": "lora", "rank": "eight"}, "rank: expected a valid integer, found 'eight'"),
+        ({"name": "lora", "rank": "8"}, "rank: expected a valid integer, found '8'"),
+        ({"name": "lora", "rank": 8.5}, "rank: expected"),
+        ({"name": "lora", "targets": 3}, "targets: expected a valid string or a valid list, found 3"),
+        ({"name": "lora", "rank": 4, "r": 4}, "another word for 'rank'"),
+        ({"name": "lora", "rank": -1}, "at least 1"),
+        ({"name": "last_k"}, "k: required"),
+        ({"rank": 3}, "a mapping with a name"),
+        ([], "the list is empty"),
+        ({"name": "nowhere.py:f"}, "no file nowhere.py"),
+        ({"name": "no_such_package:f"}, "could not be imported"),
+        ({"name": "tunejax.methods.lora:lorra"}, "Did you mean 'lora'"),
+        ({"name": "lora.py"}, "is not known"),
+    ],
+)
+def test_mistakes(spec, says):
+    with pytest.raises(errors.ConfigError) as caught:
+        registry.build(spec)
+    assert says in str(caught.value)
+
+
+def test_all_problems_at_once():
+    with pytest.raises(errors.ConfigError, match=r"(?s)rnk.*dropout.*alpha|rnk.*alpha.*dropout"):
+        registry.build({"name": "lora", "rnk": 1, "dropout": "x", "alpha": "y"})
+
+
+def test_a_file_of_ones_own(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(USER, encoding="utf-8")
+    assert registry.build({"name": f"{file}:mine", "size": 3}).name == "mine"
+    with pytest.raises(errors.ConfigError, match="size: required"):
+        registry.build({"name": f"{file}:mine"})
+    with pytest.raises(errors.ConfigError, match="Did you mean 'mine'"):
+        registry.build({"name": f"{file}:mne"})
+    with pytest.raises(errors.ConfigError, match="returned int"):
+        registry.build({"name": f"{file}:not_one"})
+    file.write_text("import nothing_of_that_name", encoding="utf-8")
+    with pytest.raises(errors.ConfigError, match="could not be run: ModuleNotFoundError"):
+        registry.build({"name": f"{file}:mine", "size": 3})
+
+
+def test_a_package():
+    assert registry.build({"name": "tunejax.methods.full:last_k", "k": 1}).name == "last_k"
+
+
+def test_methods_are_imported_when_asked_for():
+    code = (
+        "import sys; from tunejax.methods import registry; "
+        "assert not [n for n in registry.NAMES.values() if n.partition(':')[0] in sys.modules]; "
+        "registry.build('bitfit'); assert 'tunejax.methods.lora' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,121 @@
+"""The objectives on a bag-of-embeddings model, against torch."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tunejax.core import errors
+from tunejax.core import method as method_lib
+from tunejax.core import model as model_lib
+from tunejax.objectives import causal_lm, classification, masked_lm
+
+torch = pytest.importorskip("torch")
+VOCAB, EMBED, LABELS = 50, 8, 3
+EVAL, TRAIN = method_lib.Context(), method_lib.Context(key=jax.random.key(3), train=True)
+
+
+def toy(outputs):
+    k = jax.random.split(jax.random.key(0), 2)
+    params = {"table": jax.random.normal(k[0], (VOCAB, EMBED)), "head": jax.random.normal(k[1], (EMBED, outputs))}
+    model = model_lib.Model(
+        init=lambda key: params,
+        hidden=lambda p, batch, *, cache=None, taps=(), key=None: (p["table"][batch["tokens"]], {}),
+        head=lambda p: {"head": p["head"]},
+        logits=lambda p, h: h @ p["head"],
+        cache=None,
+        axes={},
+        vocab_size=VOCAB,
+        depth=0,
+    )
+    return model, params
+
+
+def batch(rows=6, length=9):
+    rng = np.random.default_rng(0)
+    segments = (np.arange(length) < rng.integers(4, length + 1, rows)[:, None]).astype(np.int32)
+    return {
+        "tokens": jnp.asarray(rng.integers(5, VOCAB, (rows, length)) * segments, jnp.int32),
+        "targets": jnp.asarray(rng.integers(0, VOCAB, (rows, length)), jnp.int32),
+        "loss_weights": jnp.asarray(segments * rng.random((rows, length)), jnp.float32),
+        "segment_ids": jnp.asarray(segments),
+    }
+
+
+def to_torch(x):
+    return torch.tensor(np.asarray(x))
+
+
+def test_causal_lm():
+    model, params = toy(VOCAB)
+    b = batch()
+    loss, weight, metrics = causal_lm.make(label_smoothing=0.1, chunk_size=4).loss(model, params, {}, b, EVAL)
+    logits = to_torch(model.logits(params, model.hidden(params, b)[0]))
+    losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), to_torch(b["targets"]).long(), reduction="none",
+                                               label_smoothing=0.1)  # fmt: skip
+    np.testing.assert_allclose(loss, (losses * to_torch(b["loss_weights"])).sum(), rtol=1e-6)
+    np.testing.assert_allclose(weight, b["loss_weights"].sum(), rtol=1e-6)
+    hits = (logits.argmax(-1) == to_torch(b["targets"])).numpy()
+    np.testing.assert_allclose(metrics["accuracy"], (hits * np.asarray(b["loss_weights"])).sum(), rtol=1e-6)
+    assert causal_lm.make().loss(model, params, {}, b, TRAIN)[2] == {}
+
+
+def test_classification_reads_the_labelled_position_and_ignores_empty_rows():
+    model, params = toy(LABELS)
+    b = batch()
+    at, labels = np.array([0, 3, 2, 0, 1, 0]), np.array([0, 1, 2, 1, 0, 2])
+    weights = np.zeros((6, 9), np.float32)
+    weights[np.arange(5), at[:5]] = 1
+    targets = np.full((6, 9), -100)
+    targets[np.arange(6), at] = labels
+    b |= {"loss_weights": jnp.asarray(weights), "targets": jnp.asarray(targets)}
+    logits = to_torch(params["table"][b["tokens"]][np.arange(5), at[:5]] @ params["head"])
+    for options in ({}, {"label_smoothing": 0.2}, {"class_weights": (1.0, 2.0, 0.5)}):
+        loss, weight, metrics = classification.make(**options).loss(model, params, {}, b, TRAIN)
+        kw = {"label_smoothing": options.get("label_smoothing", 0.0)}
+        if "class_weights" in options:
+            kw["weight"] = torch.tensor(options["class_weights"])
+        want = torch.nn.functional.cross_entropy(logits, torch.tensor(labels[:5]), **kw)
+        np.testing.assert_allclose(loss / weight, want, rtol=1e-6)
+        right, of = metrics["accuracy"]
+        assert (float(right), float(of)) == (float((logits.argmax(-1).numpy() == labels[:5]).sum()), 5.0)
+
+
+def test_masking_in_the_program():
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(5, VOCAB, (64, 200)).astype(np.int32)
+    tokens[:, 0] = 2
+    segments = np.ones_like(tokens)
+    segments[:, 150:] = 0
+    b = {"tokens": jnp.asarray(tokens), "segment_ids": jnp.asarray(segments)}
+    out = jax.device_get(masked_lm.hide(jax.random.key(1), b, 4, VOCAB, 0.15, (2,)))
+    hidden = out["loss_weights"] > 0
+    assert not hidden[:, 0].any()
+    assert not hidden[:, 150:].any()
+    assert abs(hidden[:, 1:150].mean() - 0.15) < 0.01
+    assert abs((out["tokens"] == 4)[hidden].mean() - 0.8) < 0.03
+    assert abs((out["tokens"] == tokens)[hidden].mean() - 0.1) < 0.02
+    np.testing.assert_array_equal(out["targets"], tokens)
+    np.testing.assert_array_equal(out["tokens"][~hidden], tokens[~hidden])
+
+
+def test_masked_lm_hides_anew_in_training_and_alike_in_evaluation():
+    model, params = toy(VOCAB)
+    objective = masked_lm.make(mask_token_id=4, special_token_ids=(0,))
+    weight = lambda ctx: float(objective.loss(model, params, {}, batch(), ctx)[0])  # noqa: E731
+    assert weight(EVAL) == weight(EVAL)
+    assert weight(TRAIN) != weight(TRAIN._replace(key=jax.random.key(9)))
+    ready = masked_lm.make().loss(model, params, {}, batch(), EVAL)
+    np.testing.assert_allclose(ready[0], causal_lm.make().loss(model, params, {}, batch(), EVAL)[0], rtol=1e-6)
+
+
+@pytest.mark.parametrize(("make", "options"), [
+    (causal_lm.make, {"label_smoothing": 1.0}),
+    (causal_lm.make, {"z_loss": -1.0}),
+    (causal_lm.make, {"chunk_size": 0}),
+    (masked_lm.make, {"mlm_probability": 0.0}),
+    (classification.make, {"label_smoothing": -0.1}),
+])  # fmt: skip
+def test_options_out_of_range_are_named(make, options):
+    with pytest.raises(errors.ConfigError, match=next(iter(options))):
+        make(**options)

@@ -1,0 +1,71 @@
+"""The adapter folder: what was saved comes back, and nothing else is taken for it."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors import numpy as safetensors
+
+from tunejax.core import errors
+from tunejax.recipes import adapter
+
+BASE = adapter.Base("some/model", "a" * 64)
+
+
+def tree():
+    key = jax.random.key(0)
+    return {"0:x": {"layers/0/q/kernel": {"a": jax.random.normal(key, (2, 3)), "b": jnp.zeros((3,))}, "none": None}}
+
+
+@pytest.fixture
+def saved(tmp_path):
+    adapter.save(tmp_path, {"train": tree(), "state": {"mask": jnp.ones((2,), bool)}}, BASE, {"method": "x", "step": 3})
+    return tmp_path
+
+
+def test_arrays_and_spec_come_back(saved):
+    found = adapter.read(saved)
+    assert found.base == BASE
+    assert found.info["step"] == 3
+    back = adapter.restore(found, "train", jax.eval_shape(tree))
+    jax.tree.map(np.testing.assert_array_equal, back, tree())
+    assert adapter.restore(found, "state", {"mask": jnp.zeros((2,), bool)})["mask"].all()
+
+
+def test_the_file_is_plain_safetensors(saved):
+    names = safetensors.load_file(saved / adapter.ARRAYS)
+    assert set(names) == {"train|0:x|layers/0/q/kernel|a", "train|0:x|layers/0/q/kernel|b", "state|mask"}
+
+
+def test_another_base_is_refused_with_both_names(saved):
+    found = adapter.read(saved)
+    adapter.check_base(found, adapter.Base("the same elsewhere", "a" * 64))
+    with pytest.raises(errors.CheckpointError, match=r"some/model \(digest aaaa.*is other/model \(digest bbbb"):
+        adapter.check_base(found, adapter.Base("other/model", "b" * 64))
+
+
+def test_arrays_that_do_not_fit_are_all_named(saved):
+    found = adapter.read(saved)
+    like = {"0:x": {"layers/0/q/kernel": {"a": jnp.zeros((2, 4)), "c": jnp.zeros((1,))}}}
+    with pytest.raises(errors.CheckpointError) as caught:
+        adapter.restore(found, "train", like)
+    for part in ("|c is missing", "|b is not of this method", "|a has shape (2, 3), expected (2, 4)"):
+        assert part in str(caught.value)
+
+
+def test_damage_is_told(saved, tmp_path):
+    with pytest.raises(errors.CheckpointError, match=r"has no adapter\.json"):
+        adapter.read(tmp_path / "nowhere")
+    arrays = (saved / adapter.ARRAYS).read_bytes()
+    (saved / adapter.ARRAYS).write_bytes(arrays[:20])
+    with pytest.raises(errors.CheckpointError, match="is damaged"):
+        adapter.read(saved)
+    (saved / adapter.ARRAYS).write_bytes(arrays)
+    (saved / adapter.SPEC).write_text(json.dumps({"format": 99, "base": BASE._asdict()}))
+    with pytest.raises(errors.CheckpointError, match="format 99"):
+        adapter.read(saved)
+    (saved / adapter.SPEC).write_text("{")
+    with pytest.raises(errors.CheckpointError, match="is damaged"):
+        adapter.read(saved)

@@ -1,0 +1,98 @@
+"""Runs that are killed, stopped, moved to another mesh, or spread over two processes."""
+
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+WORKER = Path(__file__).with_name("worker.py")
+KILLS = int(os.environ.get("TUNEJAX_KILLS", "3"))
+STEPS = 30
+
+
+def start(folder, *args):
+    folder.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, str(WORKER), str(folder), "--steps", str(STEPS), *map(str, args)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finish(process):
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == 0, err[-3000:]
+    return json.loads(out.splitlines()[-1]) if out.strip() else {}
+
+
+def wait_for_lines(process, path, lines):
+    """Until the run has logged so many steps; fails where it ends first."""
+    while process.poll() is None:
+        if path.exists() and path.read_text().count("\n") >= lines:
+            return
+        time.sleep(0.005)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    return finish(start(folder)), dict(np.load(folder / "train.npz")), (folder / "metrics.jsonl").read_text()
+
+
+def losses_of(text):
+    return {row["step"]: row["loss"] for row in map(json.loads, text.splitlines()) if "loss" in row}
+
+
+def test_killed_and_resumed_ends_in_the_same_bytes(uninterrupted, tmp_path):
+    _, want, log = uninterrupted
+    rng = random.Random(0)
+    for n in range(KILLS):
+        process = start(tmp_path, "--pause", 0.03)
+        if n % 5 != 4:  # one kill in five comes at any moment of the start-up
+            wait_for_lines(process, tmp_path / "metrics.jsonl", 1)
+        time.sleep(rng.uniform(0, 0.8))
+        process.kill()
+        process.communicate()
+    finish(start(tmp_path))
+    got = dict(np.load(tmp_path / "train.npz"))
+    for name, array in want.items():
+        np.testing.assert_array_equal(got[name], array, err_msg=name)
+    assert losses_of((tmp_path / "metrics.jsonl").read_text()) == losses_of(log)
+
+
+def test_sigterm_saves_and_a_second_run_goes_on_from_there(uninterrupted, tmp_path):
+    process = start(tmp_path, "--pause", 0.05)
+    wait_for_lines(process, tmp_path / "metrics.jsonl", 4)
+    process.send_signal(signal.SIGTERM)
+    stopped = finish(process)
+    assert stopped["stopped"] == "SIGTERM"
+    assert 0 < stopped["step"] < STEPS
+    again = finish(start(tmp_path))
+    assert again["resumed_from"] == stopped["step"]
+    for name, array in np.load(tmp_path / "train.npz").items():
+        np.testing.assert_array_equal(array, uninterrupted[1][name])
+
+
+def test_resumed_on_another_mesh(uninterrupted, tmp_path):
+    first = start(tmp_path, "--pause", 0.05)
+    wait_for_lines(first, tmp_path / "metrics.jsonl", 8)
+    first.send_signal(signal.SIGTERM)
+    at = finish(first)["step"]
+    rest = finish(start(tmp_path, "--devices", 8, "--mesh", "2,2,2"))
+    assert rest["resumed_from"] == at
+    np.testing.assert_allclose(rest["losses"], uninterrupted[0]["losses"][at:], atol=1e-5)
+
+
+def test_two_processes_give_the_losses_of_one(uninterrupted, tmp_path):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    common = ("--port", port, "--devices", 2, "--mesh", "2,2,1")
+    both = [start(tmp_path, "--process", f"{i}/2", *common) for i in range(2)]
+    first, _ = finish(both[0]), finish(both[1])
+    np.testing.assert_allclose(first["losses"], uninterrupted[0]["losses"], atol=1e-5)

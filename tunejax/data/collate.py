@@ -1,0 +1,65 @@
+"""Examples to the arrays of a batch, in few static shapes."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from tunejax.core import errors
+from tunejax.data.example import Example, Store
+from tunejax.data.packing import Bin
+
+
+def default_buckets(max_length: int) -> tuple[int, ...]:
+    """Lengths that batches are padded to: 32, 64, 128, ... below ``max_length``, and ``max_length``."""
+    out, size = [], 32
+    while size < max_length:
+        out.append(size)
+        size *= 2
+    return (*out, max_length)
+
+
+def bucket(length: int, buckets: Sequence[int]) -> int:
+    """The smallest bucket that holds ``length``. Raises DataError if none does."""
+    for size in buckets:
+        if size >= length:
+            return size
+    raise errors.DataError(f"an example of {length} tokens is longer than the largest padding bucket {max(buckets)}")
+
+
+def collate(
+    store: Store,
+    rows: Sequence[Bin],
+    count: int,
+    length: int,
+    *,
+    pad_id: int = 0,
+    example: Callable[[int], Example] | None = None,
+) -> dict[str, np.ndarray]:
+    """A batch, all [count, length]: tokens, targets, positions, segment_ids int32, loss_weights float32.
+
+    Args:
+      rows: the pieces of each row, one after the other: segments 1, 2, ..., whose positions restart at 0. Missing
+        rows up to ``count`` are padding.
+      length: positions a row; the rest is padding: ``pad_id``, segment 0, weight 0.
+      example: index -> the example as it is shown this time (masked), instead of the store's.
+
+    token_types int32 is there where the store has them.
+    """
+    batch = {k: np.zeros((count, length), np.int32) for k in ("targets", "positions", "segment_ids")}
+    batch["tokens"] = np.full((count, length), pad_id, np.int32)
+    batch["loss_weights"] = np.zeros((count, length), np.float32)
+    if store.token_types is not None:
+        batch["token_types"] = np.zeros((count, length), np.int32)
+    for r, pieces in enumerate(rows):
+        at = 0
+        for segment, (index, start, stop) in enumerate(pieces, 1):
+            shown = (example or store.__getitem__)(index)
+            here = (r, slice(at, at + stop - start))
+            for name in ("tokens", "targets", "loss_weights"):
+                batch[name][here] = getattr(shown, name)[start:stop]
+            if shown.token_types is not None:
+                batch["token_types"][here] = shown.token_types[start:stop]
+            batch["positions"][here] = np.arange(stop - start)
+            batch["segment_ids"][here] = segment
+            at += stop - start
+    return batch

@@ -1,0 +1,238 @@
+"""Sources to a corpus: read, encode, cut, shift, and keep count of all that happened on the way."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from tunejax.core import errors
+from tunejax.data import bad, formats, options, rows
+from tunejax.data.example import Example, Store, shifted
+from tunejax.data.files import Row
+
+CHUNK = 2000
+"""Rows tokenised at once; bad rows are raised after each chunk."""
+
+
+class Source(NamedTuple):
+    """One of several sources that are mixed. weight: how often a row of it is drawn in an epoch (1: once)."""
+
+    path: str | Path | Sequence[Mapping[str, Any]]
+    weight: float = 1.0
+
+
+@dataclasses.dataclass
+class Report:
+    """What became of the rows: the summary of a run, and what `audit` shows.
+
+    truncated: rows cut to max_length; answers_cut: those of them that lost loss-bearing tokens or their end.
+    ended: rows whose last loss-bearing token is a special one (a model learns to stop from it).
+    merged: rows with a token across the end of the prompt. ``named`` has the first sources of each.
+    """
+
+    sources: list[str]
+    format: str
+    rows: int = 0
+    examples: int = 0
+    tokens: int = 0
+    loss_tokens: int = 0
+    truncated: int = 0
+    answers_cut: int = 0
+    ended: int = 0
+    merged: int = 0
+    skipped: dict[str, int] = dataclasses.field(default_factory=dict)
+    skipped_samples: dict[str, list[str]] = dataclasses.field(default_factory=dict)
+    named: dict[str, list[str]] = dataclasses.field(default_factory=dict)
+
+    def note(self, what: str, source: str) -> None:
+        """Counts one more row of ``what`` (the name of a field) and keeps its source."""
+        setattr(self, what, getattr(self, what) + 1)
+        kept = self.named.setdefault(what, [])
+        if len(kept) < bad.KEPT:
+            kept.append(source)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-able copy."""
+        return dataclasses.asdict(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """Examples of one or several sources, those of a source together.
+
+    parts: (examples, weight) a source, in order. labels: names of the classes, in classification.
+    """
+
+    store: Store
+    parts: tuple[tuple[int, float], ...]
+    report: Report
+    options: options.Options
+    labels: tuple[str, ...] | None = None
+
+    def __len__(self) -> int:
+        return len(self.store)
+
+
+def load(
+    sources: str | Path | Source | Sequence[Any],
+    tokenizer: Any,
+    opts: options.Options | None = None,
+    *,
+    columns: Mapping[str, str] | None = None,
+    split: str = "train",
+    separator: str | None = None,
+    max_rows: int | None = None,
+) -> Corpus:
+    """The corpus of a path, a hub id, rows in memory (a list of dicts), or a list of paths or `Source` to mix.
+
+    Args:
+      tokenizer: of `transformers`.
+      opts: see `options.Options`.
+      columns, split, separator, max_rows: see `rows.read_rows`; max_rows counts a source.
+
+    Raises:
+      DataError: no usable row, or bad rows under the policy "error".
+      ConfigError: options that do not fit the tokenizer or the format.
+    """
+    opts = options.Options() if opts is None else opts
+    rejects = bad.BadRows(opts.on_bad_row)
+    mixed = _listed(sources)
+    found = [
+        rows.read_rows(s.path, rejects, columns=columns, split=split, separator=separator, max_rows=max_rows)
+        for s in mixed
+    ]
+    opts = _resolved(opts, found)
+    report = Report([_name(s.path) for s in mixed], opts.format or "", sum(len(f) for f in found))
+    specials = _ends(tokenizer, opts)
+    examples: list[Example] = []
+    parts = []
+    for source, one in zip(mixed, found, strict=True):
+        before = len(examples)
+        examples += _examples(one, tokenizer, opts, rejects, report, specials)
+        parts.append((len(examples) - before, source.weight))
+        if len(examples) == before:
+            raise errors.DataError(f"{_name(source.path)}: no usable rows. Skipped: {rejects.describe()}")
+    report.skipped, report.skipped_samples = rejects.skipped, rejects.samples
+    report.rows += sum(n for reason, n in rejects.skipped.items() if reason in (bad.MALFORMED, bad.ENCODING))
+    return Corpus(Store(examples), tuple(parts), report, opts, opts.labels)
+
+
+def _listed(sources: Any) -> list[Source]:
+    if isinstance(sources, Source):
+        return [sources]
+    if isinstance(sources, str | Path) or (sources and isinstance(sources[0], Mapping)):
+        return [Source(sources)]
+    if not sources:
+        raise errors.DataError("no source: expected a path, a hub id, or rows")
+    return [s if isinstance(s, Source) else Source(s) for s in sources]
+
+
+def _name(path: Any) -> str:
+    return str(path) if isinstance(path, str | Path) else "rows"
+
+
+def _resolved(opts: options.Options, found: list[list[Row]]) -> options.Options:
+    """With the format and labels filled in from the rows."""
+    kinds = {formats.detect(f[0].fields, f[0].source): f[0].source for f in found} if opts.format is None else {}
+    if len(kinds) > 1:
+        raise errors.DataError(f"sources of different formats: {kinds}. Set data.format, or rename fields")
+    new: dict[str, Any] = {}
+    if kinds:
+        new["format"] = _fitting(next(iter(kinds)), opts)
+    kind = new.get("format", opts.format)
+    if (kind == "classification") != (opts.objective == "classification"):
+        raise errors.ConfigError(
+            f"the rows have the format {kind!r}, the objective is {opts.objective!r}: classification goes with "
+            "classification (set objective.name, data.format or data.columns)"
+        )
+    if opts.objective == "masked_lm" and kind != "text":
+        raise errors.ConfigError(f"masked_lm takes the format 'text', the rows have {kind!r}")
+    if opts.truncation == "split" and kind != "text":
+        raise errors.ConfigError(f"truncation 'split' is for the format 'text', the rows have {kind!r}")
+    if kind == "classification" and opts.labels is None:
+        new["labels"] = formats.label_names([r for f in found for r in f])
+    return dataclasses.replace(opts, **new)
+
+
+def _fitting(kind: str, opts: options.Options) -> str:
+    """Labelled rows are texts too, for an objective on texts."""
+    return "text" if kind == "classification" and opts.objective != "classification" else kind
+
+
+def _ends(tokenizer: Any, opts: options.Options) -> frozenset[int]:
+    added = [i for i, t in tokenizer.added_tokens_decoder.items() if t.special]
+    eos = [] if opts.eos_token_id is None else [opts.eos_token_id]
+    return frozenset([*tokenizer.all_special_ids, *added, *eos])
+
+
+def _examples(
+    found: list[Row],
+    tokenizer: Any,
+    opts: options.Options,
+    rejects: bad.BadRows,
+    report: Report,
+    specials: frozenset[int],
+) -> Iterator[Example]:
+    for at in range(0, len(found), CHUNK):
+        for made in formats.encode(found[at : at + CHUNK], tokenizer, opts, rejects):
+            for example in finish(made, opts, rejects, report):
+                _count(example, report, specials)
+                yield example
+        rejects.check()
+
+
+def _count(example: Example, report: Report, specials: frozenset[int]) -> None:
+    learned = np.flatnonzero(example.loss_weights)
+    report.examples += 1
+    report.tokens += len(example.tokens)
+    report.loss_tokens += len(learned)
+    report.ended += int(example.targets[learned[-1]]) in specials
+
+
+def finish(made: formats.Encoded, opts: options.Options, rejects: bad.BadRows, report: Report) -> list[Example]:
+    """A row's example: cut to max_length by ``opts.truncation``, shifted where targets are the next tokens.
+
+    Empty where the row is bad; several where truncation is "split".
+    """
+    source, (ids, in_loss) = made.row.source, made[:2]
+    if len(ids) > opts.max_length and opts.truncation != "split":
+        if opts.truncation != "end":
+            message = f"too long: {len(ids)} tokens, expected at most max_length={opts.max_length}"
+            advice = "" if opts.truncation == "skip" else " (data.truncate=true cuts such rows)"
+            rejects.add(bad.LONG, source, message + advice, skip=opts.truncation == "skip")
+            return []
+        lost = any(in_loss[opts.max_length :])
+        ids, in_loss = ids[: opts.max_length], in_loss[: opts.max_length]
+    else:
+        lost = False
+    example = _example(made, ids, in_loss, opts)
+    if not example.loss_weights.any():
+        why = " after it was cut to max_length" if lost else ""
+        rejects.add(bad.NO_LOSS, source, f"no token in the loss{why}: {len(ids)} tokens, all of them masked")
+        return []
+    if made.cut or len(ids) < len(made.ids):
+        report.note("truncated", source)
+    if lost:
+        report.note("answers_cut", source)
+    if made.merged:
+        report.note("merged", source)
+    return _split(example, opts.max_length)
+
+
+def _example(made: formats.Encoded, ids: list[int], in_loss: list[bool], opts: options.Options) -> Example:
+    if opts.objective == "causal_lm":
+        return shifted(ids, in_loss, made.row.source)
+    tokens, weights = np.asarray(ids, np.int32), np.asarray(in_loss, np.float32)
+    targets = tokens if made.label is None else np.where(weights > 0, made.label, 0).astype(np.int32)
+    types = None if made.token_types is None else np.asarray(made.token_types[: len(ids)], np.int32)
+    return Example(tokens, targets, weights, made.row.source, types)
+
+
+def _split(example: Example, size: int) -> list[Example]:
+    parts = [(i, i + size) for i in range(0, len(example.tokens), size)]
+    cut = [
+        Example(example.tokens[i:j], example.targets[i:j], example.loss_weights[i:j], example.source) for i, j in parts
+    ]
+    return [c for c in cut if c.loss_weights.any()] if len(cut) > 1 else [example]

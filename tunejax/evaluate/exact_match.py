@@ -1,0 +1,78 @@
+"""Exact match: generate what follows each prompt, and compare with what should."""
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+ROUND = 32
+"""Prompts are padded to a multiple of this, so that few shapes are compiled."""
+
+
+class Task(NamedTuple):
+    """prompt: token ids; expected: text."""
+
+    prompt: list[int]
+    expected: str
+
+
+class Answer(NamedTuple):
+    """One row: the texts of prompt, expectation and generation, and whether they agree."""
+
+    prompt: str
+    expected: str
+    generated: str
+    correct: bool
+
+
+def task(tokens: np.ndarray, targets: np.ndarray, loss_weights: np.ndarray, tokenizer: Any) -> Task:
+    """The prompt and the expected text of an example: what stands before its first loss-bearing run, and that run.
+
+    Args:
+      tokens, targets, loss_weights: [length], aligned: ``targets[i]`` is what position i predicts.
+    """
+    bearing = np.flatnonzero(loss_weights > 0)
+    first = int(bearing[0])
+    gaps = np.flatnonzero(np.diff(bearing) > 1)
+    last = int(bearing[gaps[0]]) if len(gaps) else int(bearing[-1])
+    expected = targets[first : last + 1].tolist()
+    text = tokenizer.decode(expected, skip_special_tokens=True)
+    return Task(tokens[: first + 1].tolist(), text)
+
+
+def answers(generate: Any, tasks: Iterable[Task], tokenizer: Any, *, batch_size: int) -> Iterator[Answer]:
+    """Generates for every task, and compares.
+
+    Args:
+      generate: (tokens [batch, length] int32, attention_mask) -> new tokens [batch, new], padded after a stop token.
+      tasks: in any order; answers come in the same one.
+      tokenizer: of the model.
+      batch_size: rows at a time; the last batch is filled up, so that one shape serves.
+    """
+    tasks = list(tasks)
+    longest = max((len(t.prompt) for t in tasks), default=1)
+    width = -(-longest // ROUND) * ROUND
+    for i in range(0, len(tasks), batch_size):
+        some = tasks[i : i + batch_size]
+        tokens, mask = left_padded([t.prompt for t in some] + [[0]] * (batch_size - len(some)), width)
+        new = np.asarray(generate(tokens, mask))[: len(some)]
+        for t, row in zip(some, new, strict=True):
+            said = tokenizer.decode([int(x) for x in row], skip_special_tokens=True)
+            prompt = tokenizer.decode(t.prompt, skip_special_tokens=True)
+            yield Answer(prompt, t.expected, said, normal(said) == normal(t.expected))
+
+
+def left_padded(prompts: Sequence[Sequence[int]], width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and mask, int32 [prompts, width], padding in front."""
+    tokens, mask = np.zeros((2, len(prompts), width), np.int32)
+    for row, prompt in enumerate(prompts):
+        if len(prompt):
+            tokens[row, width - len(prompt) :] = prompt
+            mask[row, width - len(prompt) :] = 1
+    return tokens, mask
+
+
+def normal(text: str) -> str:
+    """Text without what does not count: runs of space, and space at the ends."""
+    return re.sub(r"\s+", " ", text).strip()

@@ -1,0 +1,93 @@
+"""A finished run, or a plain model, opened for use."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from tunejax.config import load, locate, schema
+from tunejax.core import method as method_lib
+from tunejax.core import paths
+from tunejax.recipes import adapter, assemble, folder
+
+
+class Tuned(NamedTuple):
+    """A model with what a run trained. params: bound, ready for the model; base: after the method's edits."""
+
+    parts: assemble.Parts
+    base: paths.Params
+    train: Any
+    state: Any
+
+    @property
+    def params(self) -> paths.Params:
+        """The parameters that the model reads."""
+        return self.parts.method.bind(self.base, self.train, self.state, method_lib.Context())
+
+
+def open_run(text: str, changes: list[str] | None = None) -> Tuned:
+    """The tuned model of a run folder.
+
+    Args:
+      text: path of the run folder.
+      changes: overrides of its config; another model.path is another base, and refused unless its digest agrees.
+
+    Raises:
+      ConfigError: no run folder.
+      CheckpointError: no adapter, a damaged one, or one of another base.
+    """
+    path = folder.find(text)
+    raw = load.override(load.read_file(path / "config.yaml"), changes or [])
+    found = adapter.read(path / "adapter")
+    if found.info.get("labels") and not raw["data"].get("labels"):
+        raw["data"]["labels"] = found.info["labels"]  # as the training rows had them
+    config = load.check(raw, str(path / "config.yaml"))
+    parts = assemble.parts(config, assemble.opened(config), num_labels=found.info.get("num_labels"))
+    loaded = assemble.load(parts)
+    adapter.check_base(found, loaded.base)
+    params = paths.replace(loaded.params, _fresh(found, loaded))
+    start = jax.eval_shape(parts.method.init, jax.random.key(0), params)
+    train, state = (adapter.restore(found, k, getattr(start, k)) for k in ("train", "state"))
+    return Tuned(parts, _edited(parts, params), train, state)
+
+
+def open_base(config: schema.Config, num_labels: int | None = None) -> Tuned:
+    """The untuned model of a config: the method at its start, which changes nothing."""
+    parts = assemble.parts(config, assemble.opened(config), num_labels=num_labels)
+    loaded = assemble.load(parts)
+    start = parts.method.init(jax.random.key(config.seed), loaded.params)
+    return Tuned(parts, method_lib.apply_edits(loaded.params, start.edits), start.train, start.state)
+
+
+def plain(model: str) -> Tuned:
+    """A model folder or hub id by itself, in the shape of a run that trains nothing more."""
+    raw = {
+        "output_dir": "unused",
+        "model": {"path": model},
+        "data": {"path": "unused", "max_length": 2},
+        "method": "full",
+    }
+    return open_base(load.check(raw))
+
+
+def is_run(text: str) -> bool:
+    """Whether ``text`` names a run folder."""
+    return (Path(text) / "config.yaml").is_file()
+
+
+def tokenizer_folder(parts: assemble.Parts) -> Path:
+    """Where the tokenizer's files lie."""
+    named = parts.config.model.tokenizer
+    return Path(locate.locate(named)) if named else parts.folder
+
+
+def _fresh(found: adapter.Adapter, loaded: assemble.Loaded) -> dict[str, Any]:
+    """A head that the checkpoint lacks: its values as the run began, where they did not train."""
+    saved = {k.removeprefix("fresh|"): x for k, x in found.arrays.items() if k.startswith("fresh|")}
+    return {p: jax.numpy.asarray(saved[p]) for p in loaded.fresh if p in saved}
+
+
+def _edited(parts: assemble.Parts, params: paths.Params) -> paths.Params:
+    """The base with the method's edits; only what an edit changes is computed."""
+    edits = jax.jit(lambda p: parts.method.init(jax.random.key(parts.config.seed), p).edits)(params)
+    return method_lib.apply_edits(params, edits)

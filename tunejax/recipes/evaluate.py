@@ -1,0 +1,55 @@
+"""`tunejax evaluate RUN|CONFIG`: loss, perplexity, accuracy and exact match on the held-out rows."""
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from tunejax.config import load, schema
+from tunejax.core import errors
+from tunejax.recipes import artefact, folder, rows, runtime, samples, settings
+from tunejax.train import state, step
+
+
+def main(args: argparse.Namespace) -> None:
+    """Prints the numbers as JSON. A run folder is evaluated tuned, a config as its base model, untuned."""
+    runtime.begin()
+    if artefact.is_run(args.run):
+        tuned = artefact.open_run(args.run, args.overrides)
+    elif Path(args.run).is_dir():
+        folder.find(args.run)  # raises, with the nearest run
+        return
+    else:
+        config = load.load(args.run, args.overrides)
+        tuned = artefact.open_base(config, count_labels(config))
+    found = scores(tuned)
+    print(json.dumps(found, indent=2))
+    if args.output:
+        folder.write_json(Path(args.output), found)
+
+
+def scores(tuned: artefact.Tuned) -> dict[str, Any]:
+    """The scores of an opened model on data.eval_path. Raises ConfigError where the config has none."""
+    config, parts = tuned.parts.config, tuned.parts
+    if not config.data.eval_path:
+        raise errors.ConfigError("no rows to evaluate on: set data.eval_path")
+    held_out = rows.read_held_out(config, parts.tokenizer, parts.model_config.kind)
+    sizes = settings.batches(config, parts.mesh)
+    one = step.make_step(parts.model, parts.method, parts.objective, optax.identity(), mesh=parts.mesh)
+    now = state.TrainState(
+        jnp.zeros((), jnp.int32), tuned.train, tuned.state, (), jax.random.key(0), jnp.zeros(2, jnp.int32)
+    )
+    batches = rows.evaluation_batches(config, held_out, sizes, parts.tokenizer)
+    judge = samples.Judge(parts, one, held_out, batches)
+    with tempfile.TemporaryDirectory() as scratch:
+        return {**judge(now, tuned.base, Path(scratch), "now"), "rows": len(held_out.held_out or ())}
+
+
+def count_labels(config: schema.Config) -> int | None:
+    """How many classes a config's labels name; None leaves it to the model section."""
+    return len(config.data.labels) if config.data.labels else None

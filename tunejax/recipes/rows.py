@@ -1,0 +1,129 @@
+"""The rows of a config: read and audited, then the loaders over them."""
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import jax
+
+from tunejax.config import locate, schema
+from tunejax.data import audit, options, pipeline
+from tunejax.data import corpus as corpora
+from tunejax.data.corpus import Corpus
+from tunejax.recipes import settings
+
+
+class Rows(NamedTuple):
+    """What training and evaluation read. train: None where only evaluation was asked for."""
+
+    train: Corpus | None
+    held_out: Corpus | None
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Names of the classes; empty where there are none."""
+        found = self.train if self.train is not None else self.held_out
+        return (found.labels if found is not None else None) or ()
+
+    def counts(self) -> dict[str, Any]:
+        """What became of the rows, for the summary."""
+        held_out = {"eval_examples": len(self.held_out)} if self.held_out is not None else {}
+        return {**(self.train.report.to_dict() if self.train is not None else {}), **held_out}
+
+    def line(self) -> str:
+        """One line about how many there are."""
+        held_out = f"{len(self.held_out)} held out" if self.held_out is not None else "none held out"
+        if self.train is None:
+            return held_out
+        return f"{len(self.train)} examples of {self.train.report.tokens:,} tokens, {held_out}"
+
+    def warnings(self) -> list[str]:
+        """Sentences on what in the rows commonly makes a bad model."""
+        return audit.warnings(audit.totals(self.train)) if self.train is not None else []
+
+
+class Loaders(NamedTuple):
+    """train: endless. evaluation: makes a fresh pass, or None."""
+
+    train: pipeline.Loader
+    evaluation: Callable[[], Iterable] | None
+
+
+def read(config: schema.Config, tokenizer: Any, kind: str) -> Rows:
+    """Reads the sources of a config. kind: of the model, "encoder" or "decoder".
+
+    Raises:
+      DataError: a bad row, or none; every one that is found is named by file and line.
+    """
+    d = config.data
+    sources = [corpora.Source(locate.locate(s.path), s.weight) for s in d.path]
+    train = corpora.load(
+        sources, tokenizer, _options(config, kind), split=d.split, max_rows=d.max_rows, columns=d.columns,
+        separator=d.separator,
+    )  # fmt: skip
+    return Rows(train, _held_out(config, tokenizer, train.options) if d.eval_path else None)
+
+
+def read_held_out(config: schema.Config, tokenizer: Any, kind: str) -> Rows:
+    """Reads data.eval_path alone. Without data.labels the classes are those of its own rows."""
+    return Rows(None, _held_out(config, tokenizer, _options(config, kind)))
+
+
+def _held_out(config: schema.Config, tokenizer: Any, opts: options.Options) -> Corpus:
+    d = config.data
+    return corpora.load(
+        locate.locate(d.eval_path or ""), tokenizer, opts, split=d.eval_split, max_rows=d.max_eval_rows,
+        columns=d.columns, separator=d.separator,
+    )  # fmt: skip
+
+
+def _options(config: schema.Config, kind: str) -> options.Options:
+    d = config.data
+    return options.Options(
+        format=d.format,
+        objective=config.objective.name,
+        max_length=d.max_length,
+        truncation=d.truncation,
+        append_eos=d.append_eos,
+        completion_only_loss=d.completion_only_loss,
+        assistant_only_loss=d.assistant_only_loss,
+        template=d.template,
+        labels=tuple(d.labels) if d.labels else None,
+        labelled="first" if kind == "encoder" else "last",
+        eos_token_id=d.eos_token_id,
+        on_bad_row=d.on_bad_row,
+    )
+
+
+def loaders(config: schema.Config, rows: Rows, sizes: settings.Batches, tokenizer: Any) -> Loaders:
+    """Batches for training and evaluation, this process's share of them."""
+    assert rows.train is not None
+    train = pipeline.make_loader(
+        rows.train,
+        batch_size=sizes.step,
+        seed=config.seed,
+        shuffle=config.data.shuffle,
+        group_by_length=config.data.group_by_length,
+        **_common(config, tokenizer),
+    )
+    return Loaders(train, evaluation_batches(config, rows, sizes, tokenizer))
+
+
+def evaluation_batches(
+    config: schema.Config, rows: Rows, sizes: settings.Batches, tokenizer: Any
+) -> Callable[[], Iterable] | None:
+    """Makes one pass over the held-out rows, in order; None where there are none."""
+    held_out = rows.held_out
+    if held_out is None:
+        return None
+    common = _common(config, tokenizer)
+    return lambda: pipeline.make_loader(held_out, batch_size=sizes.evaluation, shuffle=False, num_epochs=1, **common)
+
+
+def _common(config: schema.Config, tokenizer: Any) -> dict[str, Any]:
+    return {
+        "max_length": config.data.max_length,
+        "packing": config.data.packing,
+        "pad_id": tokenizer.pad_token_id or 0,
+        "shard_index": jax.process_index(),
+        "shard_count": jax.process_count(),
+    }

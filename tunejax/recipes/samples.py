@@ -1,0 +1,131 @@
+"""What a model says and scores on the held-out rows, before and after a run."""
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from tunejax.config import schema
+from tunejax.core.method import Context
+from tunejax.evaluate import exact_match, scores
+from tunejax.recipes import assemble, folder, rows
+from tunejax.train import evaluation
+from tunejax.train.state import TrainState
+from tunejax.train.step import Step
+
+
+class Judge(NamedTuple):
+    """What is measured, and on what: the same before and after."""
+
+    parts: assemble.Parts
+    step: Step
+    rows: rows.Rows
+    batches: Callable[[], Iterable] | None
+
+    def __call__(self, state: TrainState, base: Any, out: Path, name: str) -> dict[str, float]:
+        """Scores; writes them and the samples as ``out/samples/<name>.json`` and ``.jsonl``."""
+        found: dict[str, float] = {}
+        if self.batches is not None:
+            found = scores.with_perplexity(evaluation.evaluate(self.step, state, base, self.batches()))
+        params = self.parts.method.bind(base, state.train, state.state, Context())
+        said = list(self.answers(params)) if single_process() else []
+        if said and wants_match(self.parts.config, self.rows):
+            found["exact_match"] = float(np.mean([a.correct for a in said]))
+        said += [exact_match.Answer(p, "", a, False) for p, a in self.free(params)]
+        if jax.process_index() == 0:
+            kept = (
+                said if wants_match(self.parts.config, self.rows) else said[: self.parts.config.generation.num_samples]
+            )
+            folder.write_rows(out / "samples" / f"{name}.jsonl", [a._asdict() for a in kept])
+            folder.write_json(out / "samples" / f"{name}.json", found)
+        return found
+
+    def answers(self, params: Any) -> Iterable[exact_match.Answer]:
+        """What it generates for the held-out prompts."""
+        config = self.parts.config
+        match = wants_match(config, self.rows)
+        limit = config.evaluation.max_rows if match else config.generation.num_samples
+        if not generates(self.parts) or self.rows.held_out is None or (config.generation.prompts and not match):
+            return []
+        if self.rows.held_out.report.format not in ("prompt_completion", "messages"):
+            return []
+        tokenizer = self.parts.tokenizer
+        examples = [self.rows.held_out.store[i] for i in range(min(limit, len(self.rows.held_out)))]
+        tasks = [exact_match.task(e.tokens, e.targets, e.loss_weights, tokenizer) for e in examples]
+        size = min(32, len(tasks))
+        return exact_match.answers(generator(self.parts, params), tasks, tokenizer, batch_size=size)
+
+    def free(self, params: Any) -> list[tuple[str, str]]:
+        """What it generates for the prompts of the config."""
+        prompts = self.parts.config.generation.prompts
+        if not prompts or not generates(self.parts) or not single_process():
+            return []
+        tokenizer = self.parts.tokenizer
+        ids = [tokenizer(p)["input_ids"] for p in prompts]
+        width = -(-max(map(len, ids)) // exact_match.ROUND) * exact_match.ROUND
+        new = generator(self.parts, params)(*exact_match.left_padded(ids, width))
+        return [
+            (p, tokenizer.decode(list(map(int, r)), skip_special_tokens=True))
+            for p, r in zip(prompts, new, strict=True)
+        ]
+
+
+def before(judge: Judge, state: TrainState, base: Any, out: Path) -> dict[str, float]:
+    """The scores of the untuned model: measured, or, where the run is resumed, as they were measured then."""
+    kept = out / "samples" / "before.json"
+    if kept.is_file():
+        return json.loads(kept.read_text(encoding="utf-8"))
+    return judge(state, base, out, "before")
+
+
+def generator(parts: assemble.Parts, params: Any) -> Callable[[Any, Any], Any]:
+    """(tokens [batch, length], attention_mask) -> new tokens [batch, new], by the config's generation section."""
+    from tunejax.generate import decode, sampling
+
+    g = parts.config.generation
+    how = sampling.Sampling(temperature=g.temperature, top_k=g.top_k, top_p=g.top_p, min_p=g.min_p)
+
+    def generate(tokens: Any, mask: Any) -> Any:
+        return decode.generate(
+            parts.model,
+            params,
+            tokens,
+            mask,
+            max_new_tokens=g.max_new_tokens,
+            sampling=how,
+            stop_tokens=stop_tokens(parts),
+            pad_id=parts.tokenizer.pad_token_id or 0,
+            key=jax.random.key(parts.config.seed),
+        )
+
+    return generate
+
+
+def stop_tokens(parts: assemble.Parts) -> tuple[int, ...]:
+    """The ids that end a text: the tokenizer's, and what generation_config.json names."""
+    found = {parts.tokenizer.eos_token_id, parts.config.data.eos_token_id}
+    file = parts.folder / "generation_config.json"
+    if file.is_file():
+        more = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
+        found |= set(more if isinstance(more, list) else [more])
+    return tuple(sorted(i for i in found if i is not None))
+
+
+def generates(parts: assemble.Parts) -> bool:
+    """Whether it is a model that writes text."""
+    return parts.config.model.head == "lm"
+
+
+def wants_match(config: schema.Config, found: rows.Rows) -> bool:
+    """Whether exact match is measured: where the config says so, by default for rows of prompt and completion."""
+    if config.evaluation.exact_match is not None:
+        return config.evaluation.exact_match
+    return found.held_out is not None and found.held_out.report.format == "prompt_completion"
+
+
+def single_process() -> bool:
+    """Generation is not spread over processes yet."""
+    return jax.process_count() == 1

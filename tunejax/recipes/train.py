@@ -1,0 +1,153 @@
+"""`tunejax train CONFIG`: a run from its config to its summary, read from top to bottom."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from tunejax import plots
+from tunejax.config import load, schema
+from tunejax.core import digest, errors, paths, table
+from tunejax.methods import report
+from tunejax.recipes import adapter, assemble, folder, rows, runtime, samples, settings
+from tunejax.train import checkpoint, loop, metrics, sharding, state, step
+
+
+def main(args: argparse.Namespace) -> int:
+    """Runs the config; 0, or 1 where the result is not what its ``expected`` says."""
+    config = load.load(args.config, args.overrides)
+    summary = run(config)
+    missed = check_expected(config, summary)
+    for line in missed:
+        print(f"tunejax: {line}", file=sys.stderr)
+    return 1 if missed else 0
+
+
+def run(config: schema.Config) -> dict[str, Any]:
+    """Tunes the model, or goes on where a killed run of the same config stopped; returns what summary.json holds.
+
+    Raises:
+      TunejaxError: what does not fit in config, rows, checkpoint or targets; then nothing has been written.
+    """
+    out = folder.claim(config)
+    runtime.begin()
+
+    # What the config names, and the rows: mistakes show here, before weights are read and anything is written.
+    mesh = sharding.make_mesh(**config.mesh.model_dump())
+    sizes = settings.batches(config, mesh)
+    opened = assemble.opened(config)
+    data = rows.read(config, opened.tokenizer, opened.model_config.kind)
+    parts = assemble.parts(config, opened, num_labels=len(data.labels), mesh=mesh)
+    loaders = rows.loaders(config, data, sizes, parts.tokenizer)
+    total = settings.total_steps(config, loaders.train.plan.steps)
+    optimizer = settings.optimizer(config, total)
+
+    # The base, its digest, and what the method makes of it.
+    loaded = assemble.load(parts)
+    before = digest.leaf_digests(loaded.params)
+    shapes = jax.eval_shape(parts.method.init, jax.random.key(0), loaded.params)
+    counts = table.table(loaded.params, shapes.train, shapes.edits)
+    announce(parts, counts, report.describe(parts.method, loaded.params, shapes), data, total)
+    fresh = {p: jax.device_get(paths.get(loaded.params, p)) for p in loaded.fresh if p not in shapes.edits}
+    key = jax.random.key(config.seed)
+    begun, base = state.start(parts.model, parts.method, optimizer, loaded.params, key, mesh)
+    loaded = loaded._replace(params={})  # what trains whole has moved out of it
+
+    # The loop. From here on files are written.
+    if jax.process_index() == 0:
+        folder.begin(config)
+    one = step.make_step(
+        parts.model, parts.method, parts.objective, optimizer, mesh=mesh, accumulate=sizes.accumulate,
+        max_grad_norm=config.train.max_grad_norm,
+    )  # fmt: skip
+    options = settings.loop_options(config, total)
+    saved = checkpoint.Checkpointer(
+        out / "checkpoints", keep=config.train.save_total_limit, greater_is_better=options.higher_wins
+    )
+    judge = samples.Judge(parts, one, data, loaders.evaluation)
+    start_scores = samples.before(judge, begun, base, out)
+    result = loop.fit(
+        one, begun, base, loaders.train, options,
+        eval_loader=loaders.evaluation,
+        checkpointer=saved,
+        writers=lambda at: metrics.make_writers(out, config.train.report_to, at),
+        learning_rate=optimizer.learning_rate,
+    )  # fmt: skip
+    final, at = result.state, result.step
+    if settings.keeps_best(config) and result.best_step not in (None, at):
+        final, at = saved.restore(final, result.best_step).state, int(result.best_step)
+    saved.close()
+    if result.stopped.startswith("SIG"):
+        print(f"stopped by {result.stopped} at step {result.step}; the same command goes on from there")
+        return {"stopped": result.stopped, "step": result.step}
+
+    # What comes out: the adapter, samples, a picture, the summary.
+    check_untouched(before, base, shapes.edits)
+    info = {"method": config.method, "name": parts.method.name, "head": config.model.head, "seed": config.seed,
+            "num_labels": parts.model_config.num_labels, "labels": list(data.labels), "step": at}  # fmt: skip
+    trees = {"train": final.train, "state": final.state, "fresh": fresh}
+    adapter.save(out / "adapter", trees, loaded.base, info)
+    end_scores = judge(final, base, out, "after")
+    plots.loss(
+        folder.read_rows(out / "metrics.jsonl"), out / "plots" / "loss.png", f"{parts.name}, {parts.method.name}"
+    )
+    summary = {
+        **{f"before_{k}": v for k, v in start_scores.items()},
+        **{f"eval_{k}": v for k, v in end_scores.items()},
+        "step": at,
+        "steps_run": result.step,
+        "stopped": result.stopped,
+        "best_step": result.best_step,
+        "skipped_updates": int(result.state.nonfinite[1]),
+        "trained_parameters": counts.trained,
+        "all_parameters": counts.total + counts.added,
+        "base": loaded.base._asdict(),
+        "rows": data.counts(),
+    }
+    folder.write_json(out / "summary.json", summary)
+    conclude(out, start_scores, end_scores, summary)
+    return summary
+
+
+def announce(parts: assemble.Parts, counts: table.Table, targets: report.Report, data: rows.Rows, total: int) -> None:
+    """Prints what is about to run."""
+    if jax.process_index():
+        return
+    print(f"{parts.name} ({parts.model_config.family}), {parts.method.name}, {total} steps, {data.line()}")
+    for line in [*targets.text().splitlines(), counts.summary(), *(f"warning: {w}" for w in data.warnings())]:
+        print(f"  {line}")
+
+
+def check_untouched(before: dict[str, str], base: paths.Params, edits: dict[str, Any]) -> None:
+    """The base is bit-identical to what was loaded, but for the method's edits. Raises TunejaxError where it is not."""
+    kept = {p: x for p, x in paths.flatten(base).items() if p not in edits}
+    after = digest.leaf_digests(paths.unflatten(kept))
+    changed = [p for p, d in after.items() if before.get(p) != d]
+    if changed:
+        raise errors.TunejaxError(f"the base changed during the run, which must not be: {', '.join(changed[:5])}")
+
+
+def conclude(out: Path, start: dict[str, float], end: dict[str, float], summary: dict[str, Any]) -> None:
+    """Prints before and after, and where everything lies."""
+    for name in end:
+        print(f"  {name:<14}{start.get(name, float('nan')):>10.4f} before {end[name]:>10.4f} after")
+    skipped = summary["rows"]["skipped"]
+    if skipped:
+        print(f"  rows skipped: {', '.join(f'{n} {reason}' for reason, n in skipped.items())}")
+    print(f"run folder: {out}")
+
+
+def check_expected(config: schema.Config, summary: dict[str, Any]) -> list[str]:
+    """One line for each number of the summary that lies outside the range that the config expects."""
+    lines = []
+    for name, (low, high) in config.expected.items():
+        if "step" in summary and name not in summary and summary.get("stopped", "").startswith("SIG"):
+            continue
+        value = summary.get(name)
+        if not isinstance(value, int | float):
+            lines.append(f"expected {name}, which the summary does not have. {errors.did_you_mean(name, summary)}")
+        elif not low <= value <= high:
+            lines.append(f"{name} is {value:.4g}; the config expects {low:g} to {high:g}")
+    return lines

@@ -1,0 +1,45 @@
+"""`tunejax validate CONFIG`: everything that can be checked without running anything."""
+
+import argparse
+from pathlib import Path
+
+import jax
+
+from tunejax.config import load, locate
+from tunejax.core import errors, table
+from tunejax.interop import tensors
+from tunejax.methods import report
+from tunejax.recipes import assemble, folder, runtime, settings
+
+
+def main(args: argparse.Namespace) -> None:
+    """Checks config, run folder, files, model headers and targets; prints the target report and the parameter table."""
+    config = load.load(args.config, args.overrides)
+    folder.claim(config)
+    check_files(config)
+    runtime.begin()
+    parts = assemble.parts(config, assemble.opened(config))
+    settings.batches(config, parts.mesh)
+    stored = tensors.open_folder(parts.folder)
+    settings.optimizer(config, total_steps=1000)
+    params = jax.eval_shape(parts.model.init, jax.random.key(0))
+    start = jax.eval_shape(parts.method.init, jax.random.key(0), params)
+    print(f"model    {parts.name}: {parts.model_config.family}, {len(stored)} tensors in {parts.folder}")
+    print(f"mesh     {dict(parts.mesh.shape)} on {jax.devices()[0].device_kind}")
+    print(f"method   {parts.method.name}")
+    print(report.describe(parts.method, params, start).text())
+    print(table.table(params, start.train, start.edits).text())
+    print("valid: nothing was run or written")
+
+
+def check_files(config: load.schema.Config) -> None:
+    """Raises ConfigError naming every local data file that is not there, with the nearest one that is."""
+    problems = []
+    named = [(f"data.path.{i}", s.path) for i, s in enumerate(config.data.path)]
+    for key, text in [*named, *([("data.eval_path", config.data.eval_path)] if config.data.eval_path else [])]:
+        path = Path(locate.locate(text))
+        if not path.exists() and (path.suffix or text.startswith((".", "/", "~"))):
+            near = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+            problems.append(f"{key}: no file {path}. {errors.did_you_mean(path.name, near)}".strip())
+    if problems:
+        raise errors.ConfigError("\n  ".join(problems))

@@ -1,0 +1,65 @@
+"""The bar that a person watches: step, loss, tokens a second, time left."""
+
+import sys
+from typing import Any
+
+import jax
+
+
+class Progress:
+    """A bar on standard error where that is a terminal; otherwise one line a report. Silent unless ``shown``.
+
+    Context manager. Only the first process shows anything.
+    """
+
+    def __init__(self, total: int | None, start: int = 0, *, shown: bool = True) -> None:
+        self.total = total
+        self._shown = shown and jax.process_index() == 0
+        self._start, self._bar, self._task = start, None, None
+        self._text = ""
+
+    def __enter__(self) -> "Progress":
+        if self._shown and sys.stderr.isatty():
+            from rich import console, progress
+
+            self._bar: Any = progress.Progress(
+                progress.TextColumn("[bold]{task.description}"),
+                progress.BarColumn(),
+                progress.MofNCompleteColumn(),
+                progress.TextColumn("{task.fields[text]}"),
+                progress.TimeElapsedColumn(),
+                progress.TextColumn("<"),
+                progress.TimeRemainingColumn(),
+                console=console.Console(stderr=True),
+            )
+            self._bar.start()
+            self._task = self._bar.add_task("train", total=self.total, completed=self._start, text="")
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    def step(self, step: int) -> None:
+        """``step`` batches are on their way."""
+        if self._bar:
+            self._bar.update(self._task, completed=step)
+
+    def report(self, step: int, values: dict[str, float]) -> None:
+        """Shows what was just logged."""
+        if not self._shown:
+            return
+        text = "  ".join(f"{name} {_short(v)}" for name, v in values.items() if name in _WATCHED or "eval_" in name)
+        if self._bar:
+            self._bar.update(self._task, text=text)
+            if any(name.startswith("eval_") for name in values):
+                self._bar.console.print(f"step {step}: {text}")
+        else:
+            print(f"step {step}/{self.total or '?'}  {text}", file=sys.stderr, flush=True)
+
+
+_WATCHED = ("loss", "accuracy", "tokens_per_second", "learning_rate", "grad_norm")
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
