@@ -1,6 +1,7 @@
 """What many tests share: a decoder and an encoder that compile in a moment, and small operators and methods."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -46,18 +47,17 @@ def model(config=LLAMA, head="lm", cuts=()):
 
 
 @functools.cache
-def _whole(config, head):
-    return jax.device_get(jax.jit(model(config, head).init)(jax.random.key(1)))
-
-
-@functools.cache
 def params(config=LLAMA, head="lm", cuts=()):
-    """Its parameters; the same values however the stack is cut."""
-    whole = _whole(config, head)
-    edges = [0, *cuts, config.num_layers]
-    spans = list(zip(edges, edges[1:], strict=False))
-    layers = {str(i): jax.tree.map(lambda x: x[a:b], whole["layers"]["0"]) for i, (a, b) in enumerate(spans)}
-    return jax.tree.map(jnp.asarray, {**whole, "layers": layers})
+    """Parameters of it, small normal numbers; the same however the stack is cut. Nothing is compiled."""
+    rng = np.random.default_rng(1)
+    shapes = paths.flatten(jax.eval_shape(model(config, head).init, jax.random.key(0)))
+    whole = {p: None if x is None else 0.2 * rng.standard_normal(x.shape, np.float32) for p, x in shapes.items()}
+    out = {p: x for p, x in whole.items() if not p.startswith("layers/")}
+    for i, (start, stop) in enumerate(itertools.pairwise([0, *cuts, config.num_layers])):
+        for path, x in whole.items():
+            if path.startswith("layers/0/"):
+                out[path.replace("/0/", f"/{i}/", 1)] = None if x is None else x[start:stop]
+    return jax.tree.map(jnp.asarray, paths.unflatten(out))
 
 
 def batch(rows=2, length=7):

@@ -69,9 +69,13 @@ def parser() -> argparse.ArgumentParser:
 def _generate(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("model", help="model folder, hub id, 'embedded', or run folder")
     sub.add_argument("--prompt", action="append", default=[], help="repeat for several; without any, read from stdin")
-    sub.add_argument("--raw", action="store_true", help="no chat template, no template of the run's config")
+    form = sub.add_mutually_exclusive_group()
+    form.add_argument("--raw", action="store_true", help="the prompt as it is, whatever the run was trained on")
+    form.add_argument("--chat", action="store_true", help="the prompt as a user's turn, by the chat template")
     sub.add_argument("--max-new-tokens", type=int, default=None)
-    sub.add_argument("--temperature", type=float, default=None, help="0 (default): greedy")
+    sub.add_argument(
+        "--temperature", type=float, default=None, help="0: greedy (default, unless the run says otherwise)"
+    )
     sub.add_argument("--top-k", type=int)
     sub.add_argument("--top-p", type=float)
     sub.add_argument("--min-p", type=float)

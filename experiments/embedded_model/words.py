@@ -1,5 +1,8 @@
 """The words that the generated text is made of."""
 
+# Long word lists read best as text.
+# ruff: noqa: SIM905
+
 ANIMALS = (
     "cat dog bird fish frog mouse horse sheep goat duck hen fox bear wolf lion tiger rabbit turtle snail bee ant owl "
     "pig cow deer crab seal whale"

@@ -58,7 +58,7 @@ def test_prompt_completion():
 
 @pytest.mark.parametrize("name", ["stories260k", "gpt2_tokenizer"])
 def test_prompt_completion_is_that_of_trl(assets, name):
-    """TRL 0.20 `SFTTrainer._prepare_dataset.tokenize`: ids of prompt + completion + eos, mask by the prompt's length."""
+    """TRL `SFTTrainer._prepare_dataset`: ids of prompt + completion + eos, masked by the prompt's length."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(assets / "models" / name)
@@ -198,13 +198,13 @@ def test_bad_labels(label, reason, message):
 @pytest.mark.parametrize(
     ("rows", "opts", "error", "message"),
     [
-        ([{"question": "a", "answer": "b"}], {}, errors.DataError, "Say data.columns={prompt: question, completion: answer}"),
+        ([{"question": "a", "answer": "b"}], {}, errors.DataError, "columns={prompt: question, completion: answer}"),
         ([{"sentence": "a"}], {}, errors.DataError, "Say data.columns={text: sentence}"),
         ([{"x": "a"}], {}, errors.DataError, "rows:1: no format has the fields x"),
-        ([{"text": "a", "label": "b"}], {"objective": "classification"}, errors.DataError, "at least two different labels"),
+        ([{"text": "a", "label": "b"}], {"objective": "classification"}, errors.DataError, "two different labels"),
         ([{"text": "a"}], {"objective": "classification"}, errors.ConfigError, "the rows have the format 'text'"),
         ([{"prompt": "a", "completion": "b"}], {"truncation": "split"}, errors.ConfigError, "for the format 'text'"),
-        ([{"prompt": "a", "completion": "b"}], {"objective": "masked_lm"}, errors.ConfigError, "takes the format 'text'"),
+        ([{"prompt": "a", "completion": "b"}], {"objective": "masked_lm"}, errors.ConfigError, "the format 'text'"),
         ([{"text": ""}], {"on_bad_row": "skip"}, errors.DataError, "no usable rows. Skipped: 1 empty"),
         ([], {}, errors.DataError, "no source"),
     ],
@@ -220,6 +220,19 @@ def test_options_are_checked():
             options.Options(**{name: value})
     with pytest.raises(errors.ConfigError, match="no end-of-sequence token"):
         load([{"text": "ab"}], toys.characters(eos_token=None))
+
+
+def test_columns_name_our_fields_first():
+    with pytest.raises(errors.ConfigError, match=r"data.columns names 'promt', .*Did you mean 'prompt'"):
+        load([{"question": "a", "answer": "b"}], columns={"promt": "question", "completion": "answer"})
+
+
+def test_lines_that_are_no_rows_count_as_read(tmp_path):
+    path = toys.write(tmp_path / "x.jsonl", [{"text": "a"}, "{", "[1]", {"text": ""}, b"\xff"])
+    report = load(path, on_bad_row="skip").report
+    assert (report.rows, report.examples) == (5, 1)
+    assert report.skipped == {bad.MALFORMED: 1, bad.TYPE: 1, bad.ENCODING: 1, bad.EMPTY: 1}
+    assert report.to_dict()["skipped_samples"][bad.EMPTY] == [f"{path}:4: empty 'text': expected text, found text ''"]
 
 
 def test_sources_of_different_formats():

@@ -141,9 +141,10 @@ def test_an_exhausted_loader_starts_again():
     first, second = list(loader), list(loader)
     assert len(first) == len(second) == 6
     same(first[0], second[0])
-    next(loader)
-    loader.reset()
-    same(next(loader), first[0])
+    assert next(loader, None) is None
+    for _ in range(2):
+        loader.reset()
+        same(next(loader), first[0])
 
 
 def test_few_shapes():

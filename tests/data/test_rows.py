@@ -110,6 +110,11 @@ def test_datasets_folder(tmp_path, monkeypatch):
     assert found[1].source == f"{tmp_path / 'saved'}[train]:2"
     with pytest.raises(errors.DataError, match="split 'dev'"):
         rows.read_rows(tmp_path / "saved", split="dev")
+    (tmp_path / "plain").mkdir()
+    toys.write(tmp_path / "plain" / "train.jsonl", [{"text": "c"}])
+    assert _fields(rows.read_rows(tmp_path / "plain")) == [{"text": "c"}]
+    with pytest.raises(errors.DataError, match=r"nobody/nothing \(split 'train'\): neither a local file nor"):
+        rows.read_rows("nobody/nothing")
     asked = []
     monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: asked.append((a, k)) or data)
     assert len(rows.read_rows("owner/name:part", split="test")) == 2

@@ -1,5 +1,6 @@
 """Tiny random models made by PyTorch transformers, and their weights as our parameters."""
 
+import itertools
 from typing import Any
 
 import jax.numpy as jnp
@@ -12,6 +13,8 @@ from tunejax.core.model import full_batch
 from tunejax.models.build import build
 from tunejax.models.config import ModelConfig
 from tunejax.models.families import registry
+
+torch.set_num_threads(1)
 
 CLASSES = {
     "lm": transformers.AutoModelForCausalLM,
@@ -66,7 +69,7 @@ def to_params(model: Any, config: ModelConfig, head: str, cuts: tuple[int, ...] 
         if not tensor.ours.startswith("layers/"):
             flat[tensor.ours] = theirs(tensor, None)
             continue
-        for name, (start, stop) in enumerate(zip(edges, edges[1:], strict=False)):
+        for name, (start, stop) in enumerate(itertools.pairwise(edges)):
             stack = [theirs(tensor, i) for i in range(start, stop)]
             flat[tensor.ours.replace("layers", f"layers/{name}", 1)] = None if stack[0] is None else np.stack(stack)
     assert set(flat) == set(built.axes)

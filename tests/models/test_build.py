@@ -1,5 +1,8 @@
 """Laws of the built models: packing, caches, cuts, remat, slots, dropout, errors."""
 
+import dataclasses
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -51,7 +54,8 @@ def test_encoder_axes():
 
 @pytest.mark.parametrize("kind", ["decoder", "encoder", "window"])
 def test_packed_equals_unpacked(kind):
-    config = {"decoder": CONFIG, "encoder": ENCODER}.get(kind) or paths_window()
+    window = dataclasses.replace(CONFIG, sliding_window=9)
+    config = {"decoder": CONFIG, "encoder": ENCODER, "window": window}[kind]
     model = build(config, head="mlm" if kind == "encoder" else "lm")
     params = model.init(jax.random.key(0))
     # Longer than two blocks of queries, so that the blocked path runs too.
@@ -71,12 +75,6 @@ def test_packed_equals_unpacked(kind):
         alone = model.logits(params, model.hidden(params, {"tokens": jnp.asarray(example)[None]})[0])[0]
         np.testing.assert_allclose(together[start : start + len(example)], alone, atol=1e-5, rtol=0)
         start += len(example)
-
-
-def paths_window():
-    import dataclasses
-
-    return dataclasses.replace(CONFIG, sliding_window=9)
 
 
 def test_blocked_attention_equals_plain_and_its_gradients():
@@ -127,7 +125,7 @@ def test_cached_decoding_equals_uncached(family, side):
 def restack(params, cuts, depth):
     edges = [0, *cuts, depth]
     layers = {str(i): jax.tree.map(lambda x, a=a, b=b: x[a:b], params["layers"]["0"])
-              for i, (a, b) in enumerate(zip(edges, edges[1:], strict=False))}  # fmt: skip
+              for i, (a, b) in enumerate(itertools.pairwise(edges))}  # fmt: skip
     return {**params, "layers": layers}
 
 

@@ -96,10 +96,6 @@ def shapes_of(jaxpr):
             yield from shapes_of(sub)
 
 
-def count_dots(f, *args):
-    return jax.jit(f).lower(*args).compile().as_text().count(" dot(")
-
-
 def test_a_frozen_head_costs_no_gradient():
     head, hidden, targets, weights = inputs()
     frozen = jax.jit(jax.grad(lambda h: chunk_loss(head, h, targets, weights, chunk_size=5))).trace(hidden).jaxpr
@@ -119,7 +115,6 @@ def test_logits_of_the_whole_sequence_never_exist():
 
 def test_memory_does_not_grow_with_vocabulary_times_length():
     def temp(length):
-        head, _, _, _ = inputs()
         big = {"kernel": jnp.zeros((EMBED, 4096)), "bias": jnp.zeros(4096)}
         h = jax.ShapeDtypeStruct((2, length, EMBED), jnp.float32)
         t = jax.ShapeDtypeStruct((2, length), jnp.int32)

@@ -27,7 +27,7 @@ def start(folder, *args):
 def finish(process):
     out, err = process.communicate(timeout=240)
     assert process.returncode == 0, err[-3000:]
-    return json.loads(out.splitlines()[-1]) if out.strip() else {}
+    return next((json.loads(line) for line in out.splitlines() if line.startswith("{")), {})
 
 
 def wait_for_lines(process, path, lines):

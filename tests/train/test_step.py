@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-
 import toy
+
 from tunejax.core import method as method_lib
 from tunejax.objectives import causal_lm
 from tunejax.train import sharding, state, step
@@ -126,7 +126,7 @@ def test_penalty_is_scaled_by_weight_and_update_sees_the_new_train():
         init=lambda key, params: plain.init(key, params)._replace(state={"seen": jnp.zeros(())}),
         update=lambda train, s, grads, ctx: {"seen": s["seen"] + jnp.sum(train["head/kernel"])},
     )
-    losses, s = run(mesh_of(), 2, method=decayed, optimizer=optax.sgd(0.1))
+    _, s = run(mesh_of(), 2, method=decayed, optimizer=optax.sgd(0.1))
     _, parts = run(mesh_of(), 2, method=decayed, optimizer=optax.sgd(0.1), accumulate=4)
     close(s.train, parts.train, 1e-6)
     _, undecayed = run(mesh_of(), 2, method=plain, optimizer=optax.sgd(0.1))

@@ -97,6 +97,7 @@ def load(
       ConfigError: options that do not fit the tokenizer or the format.
     """
     opts = options.Options() if opts is None else opts
+    _check_columns(columns or {}, opts)
     rejects = bad.BadRows(opts.on_bad_row)
     mixed = _listed(sources)
     found = [
@@ -104,7 +105,8 @@ def load(
         for s in mixed
     ]
     opts = _resolved(opts, found)
-    report = Report([_name(s.path) for s in mixed], opts.format or "", sum(len(f) for f in found))
+    seen = sum(len(f) for f in found) + sum(rejects.skipped.values())
+    report = Report([_name(s.path) for s in mixed], opts.format or "", seen)
     specials = _ends(tokenizer, opts)
     examples: list[Example] = []
     parts = []
@@ -115,8 +117,17 @@ def load(
         if len(examples) == before:
             raise errors.DataError(f"{_name(source.path)}: no usable rows. Skipped: {rejects.describe()}")
     report.skipped, report.skipped_samples = rejects.skipped, rejects.samples
-    report.rows += sum(n for reason, n in rejects.skipped.items() if reason in (bad.MALFORMED, bad.ENCODING))
     return Corpus(Store(examples), tuple(parts), report, opts, opts.labels)
+
+
+def _check_columns(columns: Mapping[str, str], opts: options.Options) -> None:
+    known = {*formats.FIELDS, *options.fields_of(opts.template or "")}
+    for ours in columns:
+        if ours not in known:
+            raise errors.ConfigError(
+                f"data.columns names {ours!r}, which no format has (it maps our name to yours: "
+                f"{{text: sentence}}). {errors.did_you_mean(ours, known)}"
+            )
 
 
 def _listed(sources: Any) -> list[Source]:

@@ -10,6 +10,9 @@ from tunejax.data.files import Row
 Tokenizer = Any
 """A `transformers` tokenizer."""
 
+FIELDS = ("text", "prompt", "completion", "messages", "tools", "label", "text_pair")
+"""The names that a format may read."""
+
 HINTS = (
     ("question", "answer"),
     ("instruction", "output"),

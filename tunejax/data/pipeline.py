@@ -33,11 +33,14 @@ class Loader:
         self._pad_id, self._masking = pad_id, masking
         self._read = (threads, prefetch)
         self._exhausted = False
+        self._batches: Any = None
         self._open(0)
 
     def _open(self, step: int) -> None:
         import grain
 
+        if self._batches is not None:
+            self._batches.close()
         threads, prefetch = self._read
         data = grain.MapDataset.source(_Batches(self))
         self._batches = iter(data.to_iter_dataset(grain.ReadOptions(threads, prefetch)))

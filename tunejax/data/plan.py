@@ -32,9 +32,10 @@ class Plan:
 
     def __init__(self, corpus: Corpus, settings: Settings):
         self.corpus, self.settings = corpus, settings
+        self._steady = not settings.packing and all(weight == 1 for _, weight in corpus.parts)
         self._counts: list[int] = []
         self._kept: dict[int, Sequence[packing.Bin]] = {}
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
 
     def rows(self, epoch: int) -> Sequence[packing.Bin]:
         """All rows of an epoch in order; batch i holds those from ``i * batch_size``."""
@@ -54,19 +55,19 @@ class Plan:
         return [(packing.Piece(i, 0, int(lengths[i])),) for i in indices.tolist()]
 
     def batches(self, epoch: int) -> int:
-        """How many batches an epoch has. With packing epochs differ a little."""
-        if not self.settings.packing:
-            epoch = min(epoch, len(self._counts))
-        while len(self._counts) <= epoch:
-            rows, size = len(self.rows(len(self._counts))), self.settings.batch_size
-            self._counts.append(rows // size if self.settings.drop_last else math.ceil(rows / size))
-        return self._counts[epoch]
+        """How many batches an epoch has. With packing or weights epochs differ a little."""
+        epoch = 0 if self._steady else epoch
+        with self._lock:
+            while len(self._counts) <= epoch:
+                rows, size = len(self.rows(len(self._counts))), self.settings.batch_size
+                self._counts.append(rows // size if self.settings.drop_last else math.ceil(rows / size))
+            return self._counts[epoch]
 
     def locate(self, step: int) -> tuple[int, int]:
         """(epoch, batch in it) of a global batch."""
-        epoch = 0
-        if not self.settings.packing and all(w == 1 for _, w in self.corpus.parts):
+        if self._steady:
             return divmod(step, self.batches(0))
+        epoch = 0
         while step >= self.batches(epoch):
             step -= self.batches(epoch)
             epoch += 1

@@ -150,7 +150,7 @@ def load(
 def _assemble(like: Any, sources: list[names.Source], sharding: jax.sharding.Sharding | None) -> jax.Array:
     """One leaf from its tensors (one a layer, or one alone)."""
 
-    def read(index: tuple[slice, ...]) -> np.ndarray:
+    def read(index: Any) -> np.ndarray:
         spans = [range(*s.indices(n)) for s, n in zip(index, like.shape, strict=True)]
         out = np.empty([len(s) for s in spans], like.dtype)
         if len(sources[0].shape) == len(like.shape):
@@ -210,16 +210,15 @@ def save(
         raise errors.CheckpointError(
             f"{stuck[0]} holds {type(flat[stuck[0]]).__name__}; merge the method before saving"
         )
-    config = names.with_biases(config, params)
     family = registry.get(config.family)
-    out = names.outputs(family, config, head, params, dtype)
+    raw = family.write_config(names.with_biases(config, params), head)
+    out = names.outputs(family, family.read_config(raw), head, params, dtype)
+    raw["dtype" if "dtype" in raw else "torch_dtype"] = out[0].dtype.name
     folder.parent.mkdir(parents=True, exist_ok=True)
     half = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         written = tensors.write_folder(half, out, max_shard_size)
         written += _copy(Path(tokenizer_from), half) if tokenizer_from is not None else []
-        raw = family.write_config(config, head)
-        raw |= {"dtype": np.dtype(out[0].dtype).name} if "dtype" in raw or "torch_dtype" not in raw else {}
         (half / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
         _publish(half, folder, [*written, "config.json"])
     finally:

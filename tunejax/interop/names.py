@@ -12,6 +12,9 @@ from tunejax.interop import tensors
 from tunejax.models.config import ModelConfig
 from tunejax.models.family import Family, Tensor
 
+BUFFERS = ("position_ids", "rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
+"""Endings of what older checkpoints store though it is computed: not worth a word that nothing read it."""
+
 
 class Source(NamedTuple):
     """Where one layer of a leaf is read from: a stored tensor, or a part of one, perhaps transposed."""
@@ -70,7 +73,7 @@ def plan(
         rows = []
         for layer in layers:
             name = entry.theirs if layer is None else entry.theirs.replace("{i}", str(layer))
-            found = find(name, family.prefixes, stored)
+            found = find(name, family, stored)
             if found is None:
                 absent.setdefault(path, f"tensor {name!r} is missing. {_near(name, stored)}".rstrip())
                 continue
@@ -83,7 +86,8 @@ def plan(
             rows.append(Source(found, entry.transpose, entry.part))
         if path not in absent:
             sources[path] = rows
-    return Plan(sources, absent, problems, sorted(set(stored) - used))
+    left = [n for n in sorted(set(stored) - used) if not n.endswith(BUFFERS)]
+    return Plan(sources, absent, problems, left)
 
 
 def _starts(flat: Mapping[Path, Any]) -> dict[str, int]:
@@ -103,10 +107,12 @@ def _stored_shape(shape: tuple[int, ...], entry: Tensor) -> tuple[int, ...]:
     return (*shape[:-1], shape[-1] * entry.part[1])
 
 
-def find(name: str, prefixes: tuple[str, ...], stored: Mapping[str, tensors.Stored]) -> tensors.Stored | None:
-    """The tensor of that name, with or without a prefix that the family's checkpoints may carry."""
-    bare = next((name.removeprefix(p) for p in prefixes if name.startswith(p)), name)
-    return next((stored[n] for n in (name, bare, *(p + name for p in prefixes)) if n in stored), None)
+def find(name: str, family: Family, stored: Mapping[str, tensors.Stored]) -> tensors.Stored | None:
+    """The tensor of that name, with or without a prefix that the family's checkpoints carry, or by an older name."""
+    bare = next((name.removeprefix(p) for p in family.prefixes if name.startswith(p)), name)
+    tried = [name, bare, *(p + name for p in family.prefixes)]
+    tried += [n.removesuffix(new) + old for n in tried for old, new in family.aliases if n.endswith(new)]
+    return next((stored[n] for n in tried if n in stored), None)
 
 
 def _near(name: str, stored: Mapping[str, Any]) -> str:
@@ -115,72 +121,105 @@ def _near(name: str, stored: Mapping[str, Any]) -> str:
 
 
 def with_biases(config: ModelConfig, params: Params) -> ModelConfig:
-    """``config`` with the biases that the parameters really have (a method may have filled slots).
+    """``config`` with the biases that the parameters really have: a method may have filled slots."""
 
-    Raises:
-      CheckpointError: some gate or up or down has one and another has none.
-    """
-    stack = next(iter(params["layers"].values()))
-    attention = tuple(_has_bias(stack["attention"][s]) for s in ("q", "k", "v", "o"))
-    mlp = {s: _has_bias(stack["mlp"][s]) for s in ("gate", "up", "down") if s in stack["mlp"]}
-    if len(set(mlp.values())) > 1:
-        raise errors.CheckpointError(
-            f"mlp: biases on {', '.join(s for s, b in mlp.items() if b)} alone cannot be saved; a config.json says yes "
-            "or no for the whole mlp"
-        )
-    return dataclasses.replace(config, attention_bias=attention, mlp_bias=all(mlp.values()))
+    def filled(part: str, site: str) -> bool:
+        stacks = params["layers"].values()
+        return any(s[part].get(site, {}).get("bias") is not None for s in stacks)
 
-
-def _has_bias(site: Mapping[str, Any]) -> bool:
-    return site.get("bias") is not None
+    q, k, v, o = (filled("attention", s) for s in ("q", "k", "v", "o"))
+    mlp = any(filled("mlp", s) for s in ("gate", "up", "down"))
+    return dataclasses.replace(config, attention_bias=(q, k, v, o), mlp_bias=mlp)
 
 
 def outputs(family: Family, config: ModelConfig, head: str, params: Params, dtype: Any) -> list[tensors.Out]:
-    """The checkpoint's tensors in the order of the family's table, each made when it is written.
+    """The checkpoint's tensors, each made when it is written.
+
+    Args:
+      config: as a reader of the written config.json will see it. A bias that it expects and that the parameters lack
+        (a method filled those of some sites only) is written as zeros, which is the same function.
 
     Raises:
-      CheckpointError: every leaf that is a hole, or that the format has no place for.
+      CheckpointError: every leaf that is missing, or that the format has no place for.
     """
-    flat = paths.flatten(params)
-    by_ours: dict[Path, dict[int, tuple[Any, int]]] = {}
-    starts = _starts(flat)
-    for path, leaf in flat.items():
-        segment, ours = _canonical(path)
-        if leaf is None:
-            continue
-        rows = range(leaf.shape[0]) if segment is not None else [None]
-        for row in rows:
-            at = -1 if row is None else starts[segment] + row
-            by_ours.setdefault(ours, {})[at] = (leaf, row)
+    layered = _by_layer(params)
     table = family.tensors(config, head)
     known = {t.ours for t in table}
-    problems = [f"{p}: {family.model_type} checkpoints have no place for it" for p in by_ours if p not in known]
-    problems += [f"{t.ours}: missing" for t in table if t.ours not in by_ours and not t.optional]
-    for ours, found in by_ours.items():
-        if ours.startswith("layers/") and len(found) != config.num_layers:
-            problems.append(f"{ours}: in {len(found)} of {config.num_layers} layers only")
+    problems = [f"{p}: {family.model_type} checkpoints have no place for it" for p in layered if p not in known]
+    for t in table:
+        found = layered.setdefault(t.ours, {})
+        lacking = [i for i in _layers(t, config) if i not in found]
+        beside = layered.get(t.ours.removesuffix("bias") + "kernel", {})
+        if t.optional and not found:
+            continue
+        if lacking and t.ours.endswith("/bias") and all(i in beside for i in lacking):
+            found.update({i: Row(beside[i].leaf, beside[i].row, zeros=True) for i in lacking})
+        elif lacking:
+            problems.append(f"{t.ours}: missing" + (f" in {len(lacking)} layers" if lacking != [OUTSIDE] else ""))
     if problems:
         raise errors.CheckpointError(
             f"these parameters cannot be saved as a {family.model_type} checkpoint:\n  " + "\n  ".join(problems)
         )
-    grouped: dict[str, list[tuple[Tensor, int]]] = {}
-    for layer in range(-1, config.num_layers):
-        for t in table:
-            if t.ours in by_ours and ("{i}" in t.theirs) == (layer >= 0):
-                grouped.setdefault(t.theirs.replace("{i}", str(layer)), []).append((t, layer))
-    return [_out(name, parts, by_ours, dtype) for name, parts in grouped.items()]
+    grouped: dict[str, list[tuple[Tensor, Row]]] = {}
+    for t in table:
+        for layer, row in sorted(layered[t.ours].items()):
+            grouped.setdefault(t.theirs.replace("{i}", str(layer)), []).append((t, row))
+    return [_out(name, parts, dtype) for name, parts in grouped.items()]
 
 
-def _out(name: str, parts: list[tuple[Tensor, int]], leaves: Mapping[Path, Any], dtype: Any) -> tensors.Out:
+OUTSIDE = -1
+
+
+class Row(NamedTuple):
+    """One layer of a leaf (row), or all of a leaf outside the stack (None). zeros: a bias for that kernel instead."""
+
+    leaf: Any
+    row: int | None
+    zeros: bool = False
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the array."""
+        shape = tuple(self.leaf.shape if self.row is None else self.leaf.shape[1:])
+        return shape[-1:] if self.zeros else shape
+
+    def array(self) -> np.ndarray:
+        """The array, fetched now."""
+        if self.zeros:
+            return np.zeros(self.shape, self.leaf.dtype)
+        whole = np.asarray(self.leaf)
+        return whole if self.row is None else whole[self.row]
+
+
+def _by_layer(params: Params) -> dict[Path, dict[int, Row]]:
+    """Path without its segment -> absolute layer (or OUTSIDE) -> where it lies."""
+    flat = paths.flatten(params)
+    starts = _starts(flat)
+    out: dict[Path, dict[int, Row]] = {}
+    for path, leaf in flat.items():
+        segment, ours = _canonical(path)
+        if leaf is None:
+            continue
+        found = out.setdefault(ours, {})
+        if segment is None:
+            found[OUTSIDE] = Row(leaf, None)
+        else:
+            found.update({starts[segment] + i: Row(leaf, i) for i in range(leaf.shape[0])})
+    return out
+
+
+def _layers(t: Tensor, config: ModelConfig) -> list[int]:
+    return list(range(config.num_layers)) if "{i}" in t.theirs else [OUTSIDE]
+
+
+def _out(name: str, parts: list[tuple[Tensor, Row]], dtype: Any) -> tensors.Out:
     parts = sorted(parts, key=lambda p: p[0].part[0])
-    kept = [leaves[t.ours][layer] for t, layer in parts]
-    shapes = [leaf.shape if row is None else leaf.shape[1:] for leaf, row in kept]
-    kind = np.dtype(kept[0][0].dtype if dtype is None else dtype)
+    kind = np.dtype(parts[0][1].leaf.dtype if dtype is None else dtype)
 
     def make() -> np.ndarray:
-        arrays = [np.asarray(leaf if row is None else leaf[row]) for leaf, row in kept]
-        turned = [a.T if t.transpose else a for a, (t, _) in zip(arrays, parts, strict=True)]
-        return (turned[0] if len(turned) == 1 else np.concatenate(turned, axis=-1)).astype(kind)
+        arrays = [row.array().T if t.transpose else row.array() for t, row in parts]
+        return (arrays[0] if len(arrays) == 1 else np.concatenate(arrays, axis=-1)).astype(kind)
 
-    stored = shapes[0][::-1] if parts[0][0].transpose else shapes[0]
+    first, row = parts[0]
+    stored = row.shape[::-1] if first.transpose else row.shape
     return tensors.Out(name, kind, (*stored[:-1], stored[-1] * len(parts)), make)

@@ -58,7 +58,7 @@ def build(
         params: Params,
         batch: Mapping[str, jax.Array],
         *,
-        cache: Mapping[str, Any] | None = None,
+        cache: caches.Cache | None = None,
         taps: Sequence[str] = (),
         key: Any = None,
     ) -> tuple[jax.Array, dict[str, Any]]:

@@ -66,11 +66,11 @@ def run(
     taps: Sequence[str],
     remat: str,
     constrain: Constrain,
-) -> tuple[jax.Array, dict[str, Any] | None, dict[str, Any]]:
+) -> tuple[jax.Array, dict[str, Any], dict[str, Any]]:
     """x [batch, length, embed] through all blocks.
 
     Returns:
-      the output, the cache's new layers (or None), and each tap [layers, batch, length, embed].
+      the output, the cache's new layers (empty without one), and each tap [layers, batch, length, embed].
     """
     for name in taps:
         if name not in TAPS:
@@ -94,7 +94,7 @@ def run(
         tapped.append(out)
         start += size
     joined = {name: jnp.concatenate([out[name] for out in tapped]) for name in taps}
-    return x, new_cache if cache is not None else None, joined
+    return x, new_cache if cache is not None else {}, joined
 
 
 def _checkpointed(body: Callable, remat: str) -> Callable:

@@ -16,7 +16,7 @@ class View(NamedTuple):
 
     seen: float32 [batch, queries, keys], 0 where seen and very negative elsewhere (`sites.bias`).
     rotation: (cos, sin), each [batch, queries, 1, head_dim / 2], or None.
-    index: slot of the cache that the first new token takes, or None without a cache.
+    slot: of the cache, that the first new token takes, or None without a cache.
     """
 
     q_where: sites.Where
@@ -24,11 +24,11 @@ class View(NamedTuple):
     seen: jax.Array
     rotation: tuple[jax.Array, jax.Array] | None
     causal: bool
-    index: jax.Array | None
+    slot: jax.Array | None
 
     def write(self, old: jax.Array, new: jax.Array) -> jax.Array:
-        """``old`` [batch, slots, ...] with ``new`` [batch, queries, ...] written from slot ``index`` on."""
-        return write(old, new, self.index)
+        """``old`` [batch, slots, ...] with ``new`` [batch, queries, ...] written from ``slot`` on."""
+        return write(old, new, self.slot)
 
 
 def write(old: jax.Array, new: jax.Array, index: Any) -> jax.Array:

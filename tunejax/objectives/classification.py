@@ -1,5 +1,7 @@
 """Classification of whole examples, one labelled position a row."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -32,7 +34,7 @@ def make(*, label_smoothing: float = 0.0, class_weights: tuple[float, ...] | Non
         losses = -(1 - label_smoothing) * jnp.take_along_axis(logp, labels[:, None], axis=-1)[:, 0]
         losses -= label_smoothing * jnp.mean(logp, axis=-1)
         correct = (jnp.argmax(x, axis=-1) == labels).astype(jnp.float32)
-        metrics = {"accuracy": (jnp.sum(rows * correct), jnp.sum(rows))}
+        metrics: dict[str, Any] = {"accuracy": (jnp.sum(rows * correct), jnp.sum(rows))}
         return jnp.sum(weights * losses), jnp.sum(weights), metrics
 
     return Objective("classification", {}, loss)

@@ -20,7 +20,11 @@ from tunejax.objectives import causal_lm, classification, masked_lm
 from tunejax.recipes import adapter
 from tunejax.train import sharding
 
-OBJECTIVES: dict[str, Callable[..., Objective]] = {"causal_lm": causal_lm.make, "masked_lm": masked_lm.make, "classification": classification.make}
+OBJECTIVES: dict[str, Callable[..., Objective]] = {
+    "causal_lm": causal_lm.make,
+    "masked_lm": masked_lm.make,
+    "classification": classification.make,
+}
 
 
 class Opened(NamedTuple):

@@ -35,8 +35,11 @@ class Checkpointer:
         self._ocp = ocp
         self.folder = Path(folder).absolute()
         best = policies.BestN(
-            get_metric_fn=lambda m: m["best"], n=1, reverse=not greater_is_better, keep_checkpoints_without_metrics=False
-        )  # fmt: skip
+            get_metric_fn=lambda metrics: metrics["best"],
+            n=1,
+            reverse=not greater_is_better,
+            keep_checkpoints_without_metrics=False,
+        )
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
             cleanup_tmp_directories=True,

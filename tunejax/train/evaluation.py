@@ -19,15 +19,17 @@ def evaluate(step: Step, state: TrainState, base: Params, batches: Iterable) -> 
     are done join in with such rows until all are.
     """
     totals: dict[str, Any] = {}
-    frozen, rows, last = step.objective.frozen, 0, None
+    frozen, rows = step.objective.frozen, 0
+    last: dict[str, np.ndarray] | None = None
     source = iter(batches)
     while True:
         batch = next(source, None)
         if not signals.any_process(batch is not None):
             break
-        if batch is None and last is None:
-            raise ValueError("a process has no evaluation rows at all; give at least one row to each")
-        batch = batch if batch is not None else {k: x[:0] for k, x in last.items()}  # type: ignore[union-attr]
+        if batch is None:
+            if last is None:
+                raise ValueError("a process has no evaluation rows at all; give at least one row to each")
+            batch = {k: x[:0] for k, x in last.items()}
         last = batch
         rows = max(rows, fitting(len(batch["tokens"]), step.mesh))
         sums = step.evaluate(state, base, frozen, step.put(filled(batch, rows)))

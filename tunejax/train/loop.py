@@ -133,7 +133,8 @@ class _Run:
         self.learning_rate, self.on_eval = learning_rate, on_eval
         self.frozen = step.objective.frozen
         self.result = Result(state)
-        self.meter, self.writers, self.bar = metrics_lib.Meter(), [], progress_lib.Progress(None, shown=False)
+        self.meter, self.bar = metrics_lib.Meter(), progress_lib.Progress(None, shown=False)
+        self.writers: list[metrics_lib.Writer] = []
         self.at, self.bad_evals, self.evaluated_at, self.evaluated = 0, 0, -1, 0.0
 
     def resume(self) -> None:
@@ -153,7 +154,7 @@ class _Run:
         self.meter.restart_clock()
         while not (reason := self.reason_to_stop(wish)):
             batch = next(batches, None)
-            if signals.any_process(batch is None):
+            if signals.any_process(batch is None) or batch is None:
                 reason = "data"
                 break
             self.one(batch)
@@ -184,7 +185,7 @@ class _Run:
 
     def due(self, every: int | None) -> bool:
         """Whether something that happens ``every`` steps happens after this one."""
-        return bool(every) and self.at > 0 and self.at % every == 0
+        return every is not None and self.at > 0 and self.at % every == 0
 
     def one(self, batch: dict[str, np.ndarray]) -> None:
         """One step; returns before the device has done it."""

@@ -15,14 +15,15 @@ class Progress:
     def __init__(self, total: int | None, start: int = 0, *, shown: bool = True) -> None:
         self.total = total
         self._shown = shown and jax.process_index() == 0
-        self._start, self._bar, self._task = start, None, None
-        self._text = ""
+        self._start = start
+        self._bar: Any = None
+        self._task: Any = None
 
     def __enter__(self) -> "Progress":
         if self._shown and sys.stderr.isatty():
             from rich import console, progress
 
-            self._bar: Any = progress.Progress(
+            self._bar = progress.Progress(
                 progress.TextColumn("[bold]{task.description}"),
                 progress.BarColumn(),
                 progress.MofNCompleteColumn(),

@@ -79,5 +79,11 @@ def _body(kind: str, warmup: int, total: int, decay: int, floor: float) -> Sched
         scale = warmup or 10_000
         return jnp.sqrt(scale / (t - warmup + scale))
 
-    bodies = {"linear": linear, "cosine": cosine, "wsd": wsd, "inverse_sqrt": inverse_sqrt, "constant": jnp.ones_like}
+    bodies: dict[str, Schedule] = {
+        "linear": linear,
+        "cosine": cosine,
+        "wsd": wsd,
+        "inverse_sqrt": inverse_sqrt,
+        "constant": jnp.ones_like,
+    }
     return bodies[kind]

@@ -1,5 +1,6 @@
 """The one training step: bind, differentiate, clip, update. No method's word in it."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -31,10 +32,8 @@ class Step:
         self.model, self.method, self.objective, self.mesh = model, method, objective, mesh
         self._update = update
         self._compiled: Any = None
-        self._evaluate = jax.jit(
-            lambda train, state, base, frozen, batch: evaluate(model, method, objective, train, state, base, frozen, batch),
-            out_shardings=sharding.replicated(mesh),
-        )  # fmt: skip
+        sums = functools.partial(evaluate, model, method, objective)
+        self._evaluate = jax.jit(sums, out_shardings=sharding.replicated(mesh))
 
     def __call__(self, state: TrainState, base: Params, frozen: Params, batch: Batch) -> tuple[TrainState, Metrics]:
         with jax.set_mesh(self.mesh):
@@ -157,8 +156,15 @@ def _updated(
 
 
 def evaluate(
-    model: Model, method: Method, objective: Objective, train: Any, state: Any, base: Params, frozen: Params, batch: Batch
-) -> Sums:  # fmt: skip
+    model: Model,
+    method: Method,
+    objective: Objective,
+    train: Any,
+    state: Any,
+    base: Params,
+    frozen: Params,
+    batch: Batch,
+) -> Sums:
     """(sum, weight) of the loss and of each metric of the objective, with dropout off."""
     ctx = Context()
     loss, weight, metrics = objective.loss(model, method.bind(base, train, state, ctx), frozen, batch, ctx)

@@ -6,6 +6,7 @@ from typing import Any
 
 from tunejax.core import errors
 from tunejax.models import rope
+from tunejax.models.config import ModelConfig
 
 ACTIVATIONS = {
     "silu": "silu",
@@ -101,6 +102,17 @@ class Reader:
 def name_of(activation: str, original: Any, table: Mapping[str, str] = ACTIVATIONS) -> str:
     """What config.json calls ``activation``: ``original`` where that means the same."""
     return original if table.get(original) == activation else next(k for k, v in table.items() if v == activation)
+
+
+def all_or_none(config: ModelConfig) -> bool:
+    """Whether attention has biases. Raises CheckpointError where some of q, k, v, o have one: one key says it of all."""
+    if len(set(config.attention_bias)) > 1:
+        have = [k for k, bias in zip("qkvo", config.attention_bias, strict=True) if bias]
+        raise errors.CheckpointError(
+            f"attention: biases on {', '.join(have)} alone cannot be saved; attention_bias of a {config.family} "
+            "config.json says yes or no for q, k, v and o together"
+        )
+    return config.attention_bias[0]
 
 
 def written(

@@ -12,7 +12,7 @@ def _special(read: common.Reader) -> dict[str, Any]:
 
 
 def _write_special(config: ModelConfig) -> dict[str, Any]:
-    return {"attention_bias": any(config.attention_bias), **qwen2.write_window(config)}
+    return {"attention_bias": common.all_or_none(config), **qwen2.write_window(config)}
 
 
 FAMILY = llama_like.family(

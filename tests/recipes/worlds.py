@@ -1,0 +1,80 @@
+"""A tiny Llama checkpoint and rows in a folder, for tests of whole commands."""
+
+import json
+from pathlib import Path
+
+import jax
+import yaml
+
+from tunejax.interop import hf
+from tunejax.models import build
+from tunejax.models.config import ModelConfig
+
+WORDS = ["the", "a", "cat", "dog", "sees", "big", "red", "blue", "yes", "no", "one", "two", "what", "is", "?", "."]
+SIZES = {
+    "embed_dim": 16,
+    "num_layers": 2,
+    "num_heads": 2,
+    "num_kv_heads": 2,
+    "head_dim": 8,
+    "mlp_dim": 24,
+    "max_positions": 64,
+}
+
+
+def tokenizer_files(folder: Path) -> int:
+    """A word-level tokenizer in Hugging Face's layout; returns its size."""
+    vocab = {w: i for i, w in enumerate(["<pad>", "<s>", "</s>", "<unk>", *WORDS])}
+    special = [{"id": i, "content": t, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
+                "special": True} for i, t in enumerate(["<pad>", "<s>", "</s>", "<unk>"])]  # fmt: skip
+    spec = {
+        "version": "1.0",
+        "added_tokens": special,
+        "pre_tokenizer": {"type": "Whitespace"},
+        "model": {"type": "WordLevel", "vocab": vocab, "unk_token": "<unk>"},
+    }
+    names = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    (folder / "tokenizer.json").write_text(json.dumps(spec))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **names}))
+    return len(vocab)
+
+
+def checkpoint(folder: Path, seed: int = 0) -> Path:
+    """A Llama of two layers with random weights and the tokenizer."""
+    folder.mkdir(parents=True)
+    config = ModelConfig(family="llama", vocab_size=tokenizer_files(folder), **SIZES)
+    params = build.build(config, head="lm").init(jax.random.key(seed))
+    hf.save(folder, params, config, head="lm")
+    return folder
+
+
+ROWS = [{"prompt": f"what is {c} {a} ?", "completion": " yes ." if c == "red" else " no ."}
+        for c in ("red", "blue") for a in ("cat", "dog", "one", "two")]  # fmt: skip
+
+
+def jsonl(path: Path, rows: list) -> Path:
+    """Rows as JSON Lines; a string is a line as it is."""
+    path.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in rows))
+    return path
+
+
+def make(folder: Path) -> Path:
+    """A checkpoint, rows and a config that trains in a moment; returns the config's path."""
+    checkpoint(folder / "model")
+    jsonl(folder / "train.jsonl", ROWS)
+    jsonl(folder / "eval.jsonl", ROWS[:4])
+    raw = {
+        "output_dir": str(folder / "run"),
+        "model": {"path": str(folder / "model")},
+        "data": {
+            "path": str(folder / "train.jsonl"),
+            "eval_path": str(folder / "eval.jsonl"),
+            "max_length": 16,
+            "columns": {},
+        },
+        "method": {"name": "lora", "rank": 2, "targets": "attention/{q,v}/kernel"},
+        "train": {"max_steps": 4, "train_batch_size": 8, "logging_steps": 2, "report_to": "none", "progress": False},
+        "generation": {"max_new_tokens": 4},
+    }
+    (folder / "my.yaml").write_text(yaml.safe_dump(raw))
+    return folder / "my.yaml"

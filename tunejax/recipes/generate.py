@@ -1,0 +1,89 @@
+"""`tunejax generate MODEL|RUN --prompt TEXT`: text as it is drawn."""
+
+import argparse
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+
+from tunejax.core import errors
+from tunejax.data import chat, options
+from tunejax.generate import decode, sampling, stop
+from tunejax.recipes import artefact, runtime, samples
+
+
+def main(args: argparse.Namespace) -> None:
+    """Streams what the model writes after each prompt; several prompts one after another."""
+    how = settings(args)
+    prompts = args.prompt or [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    if not prompts:
+        raise errors.ConfigError("no prompt: give --prompt TEXT, or lines on standard input")
+    runtime.begin()
+    tuned = artefact.open_run(args.model) if artefact.is_run(args.model) else artefact.plain(args.model)
+    g = tuned.parts.config.generation
+    for name in ("temperature", "top_k", "top_p", "min_p"):
+        if getattr(args, name) is None:
+            how = how._replace(**{name: getattr(g, name)})
+    sampling.check(how)
+    count = args.max_new_tokens or g.max_new_tokens
+    for i, prompt in enumerate(prompts):
+        if len(prompts) > 1:
+            print(f"> {prompt}")
+        for piece in text(
+            tuned, ids(tuned, prompt, args), how, count, jax.random.fold_in(jax.random.key(args.seed), i)
+        ):
+            print(piece, end="", flush=True)
+        print()
+
+
+def settings(args: argparse.Namespace) -> sampling.Sampling:
+    """The flags as a `Sampling`; what was not given is filled in later. Raises ConfigError on one out of range."""
+    if args.max_new_tokens is not None and args.max_new_tokens < 1:
+        raise errors.ConfigError(f"--max-new-tokens is {args.max_new_tokens}; expected 1 or more")
+    how = sampling.Sampling(args.temperature or 0.0, args.top_k, args.top_p, args.min_p)
+    sampling.check(how)
+    return how
+
+
+def ids(tuned: artefact.Tuned, prompt: str, args: argparse.Namespace) -> list[int]:
+    """The tokens of a prompt, in the form that the run was trained on unless a flag says otherwise.
+
+    Raises:
+      ConfigError: it is longer than the model has positions for.
+    """
+    tokenizer, data = tuned.parts.tokenizer, tuned.parts.config.data
+    if args.chat or (data.format == "messages" and not args.raw):
+        chat.template_of(tokenizer)
+        turns = [{"role": "user", "content": prompt}]
+        found = tokenizer.apply_chat_template(turns, tokenize=True, add_generation_prompt=True, return_dict=True)[
+            "input_ids"
+        ]
+    else:
+        if data.template and not args.raw:
+            prompt = options.FIELD.sub(lambda m: prompt if m[1] == "prompt" else m[0], data.template)
+        found = tokenizer(prompt)["input_ids"]
+    limit = tuned.parts.model_config.max_positions
+    if len(found) >= limit:
+        raise errors.ConfigError(f"the prompt has {len(found)} tokens; the model has {limit} positions")
+    return list(found)
+
+
+def text(tuned: artefact.Tuned, prompt: list[int], how: sampling.Sampling, count: int, key: Any) -> Iterator[str]:
+    """Pieces of the generated text as they become certain."""
+    parts = tuned.parts
+    stops = samples.stop_tokens(parts)
+    room = parts.model_config.max_positions - len(prompt)
+    shown = stop.TextStream(parts.tokenizer, stop_tokens=stops)
+    for row in decode.stream(
+        parts.model,
+        tuned.params,
+        [prompt],
+        max_new_tokens=min(count, room),
+        sampling=how,
+        stop_tokens=stops,
+        pad_id=parts.tokenizer.pad_token_id or 0,
+        key=key,
+    ):
+        yield shown.push(int(row[0]))
+    yield shown.finish()
