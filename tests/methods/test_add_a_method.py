@@ -5,9 +5,9 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import tiny
 import yaml
 
-import tiny
 from tunejax.core.method import Context
 from tunejax.methods import lora, registry
 

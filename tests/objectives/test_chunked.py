@@ -126,5 +126,5 @@ def test_memory_does_not_grow_with_vocabulary_times_length():
 
 
 def test_default_chunk_keeps_to_the_budget():
-    assert chunked.default_chunk(8, 32000) * 8 * 32000 * 4 <= chunked.CHUNK_BYTES
-    assert chunked.default_chunk(4096, 256000) == 1
+    assert chunked.default_chunk(8, 32000) * 8 * 32000 * 4 <= chunked.CHUNK_BYTES["cpu"]
+    assert chunked.default_chunk(65536, 256000) == 1

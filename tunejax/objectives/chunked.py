@@ -16,8 +16,11 @@ import jax.numpy as jnp
 
 from tunejax.core.paths import Params
 
-CHUNK_BYTES = 32 << 20
-"""Float32 logits of one chunk on one device, unless a caller chooses a chunk size."""
+CHUNK_BYTES = {"cpu": 64 << 20}
+"""Float32 logits of one chunk on one device, by platform, unless a caller chooses a chunk size. Smaller chunks are
+kinder to caches, larger ones read the head (and add to its gradient) fewer times."""
+ELSEWHERE = 512 << 20
+"""The same on any other platform: narrow products would starve a matrix unit."""
 
 
 class Output(NamedTuple):
@@ -82,10 +85,11 @@ def cross_entropy(
 
 
 def default_chunk(batch: int, vocab_size: int) -> int:
-    """Positions whose float32 logits [batch, chunk, vocab] take `CHUNK_BYTES` on each device of the current mesh."""
+    """Positions whose float32 logits [rows, vocab] take `CHUNK_BYTES` on each device of the current mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     devices = 1 if mesh.empty else mesh.size
-    return max(1, CHUNK_BYTES * devices // (4 * batch * vocab_size))
+    budget = CHUNK_BYTES.get(jax.default_backend(), ELSEWHERE)
+    return max(1, budget * devices // (4 * batch * vocab_size))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -100,8 +104,8 @@ def _cross_entropy(spec: _Spec, leaves: list, hidden: jax.Array, targets: jax.Ar
 
 
 class _Stats(NamedTuple):
-    x: jax.Array  # float32 logits [batch, chunk, vocab]
-    lse: jax.Array  # [batch, chunk], as are the others
+    x: jax.Array  # float32 logits [rows, vocab]
+    lse: jax.Array  # [rows], as are the others
     loss: jax.Array
     correct: jax.Array
 
@@ -120,7 +124,7 @@ def _stats(spec: _Spec, logits: jax.Array, targets: jax.Array) -> _Stats:
 
 
 def _slope(spec: _Spec, stats: _Stats, targets: jax.Array, weights: jax.Array) -> jax.Array:
-    """d (weighted loss) / d logits, float32 [batch, chunk, vocab], in one elementwise pass."""
+    """d (weighted loss) / d logits, float32 [rows, vocab], in one elementwise pass."""
     vocab = stats.x.shape[-1]
     grown = weights * (1 + 2 * spec.z_loss * stats.lse) if spec.z_loss else weights
     slope = jnp.exp(stats.x - stats.lse[..., None]) * grown[..., None]
@@ -162,6 +166,7 @@ def _forward(spec: _Spec, leaves: list, hidden: Any, targets: Any, weights: Any)
     zero = jnp.zeros((), jnp.float32)
     sums = [jnp.zeros(values[i].shape, jnp.float32) for i in wanted]
     (loss, correct, sums), outs = _over_chunks(one, (zero, zero, sums), h_all.shape[1], spec.chunk)
+    outs = jax.tree.map(lambda x: _joined(x, h_all.shape[:2], spec.chunk), outs)
     grads: list = [None] * len(values)
     for i, g in zip(wanted, sums, strict=True):
         grads[i] = g.astype(values[i].dtype)
@@ -180,17 +185,20 @@ _cross_entropy.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 def _window(x: jax.Array, start: jax.Array, chunk: int) -> jax.Array:
-    return x if x.shape[1] == chunk else jax.lax.dynamic_slice_in_dim(x, start, chunk, axis=1)
+    """Positions start to start + chunk as rows [batch * chunk, ...]: with one row axis no product needs a transpose."""
+    part = x if x.shape[1] == chunk else jax.lax.dynamic_slice_in_dim(x, start, chunk, axis=1)
+    return part.reshape(-1, *x.shape[2:])
 
 
 def _over_chunks(one: Callable, init: Any, length: int, chunk: int) -> tuple[Any, Any]:
-    """``one`` over the starts of the chunks; what it returns a chunk [batch, chunk, ...] is joined along the length."""
+    """``one`` over the starts of the chunks; what it returns a chunk comes stacked."""
     if length == chunk:
-        return one(init, 0)
-    total, outs = jax.lax.scan(one, init, jnp.arange(0, length, chunk))
+        total, outs = one(init, 0)
+        return total, jax.tree.map(lambda x: x[None], outs)
+    return jax.lax.scan(one, init, jnp.arange(0, length, chunk))
 
-    def join(x: jax.Array) -> jax.Array:
-        x = jnp.moveaxis(x, 0, 1)
-        return x.reshape(x.shape[0], length, *x.shape[3:])
 
-    return total, jax.tree.map(join, outs)
+def _joined(x: jax.Array, shape: tuple[int, int], chunk: int) -> jax.Array:
+    """[chunks, batch * chunk, ...] -> [batch, length, ...]."""
+    x = x.reshape(-1, shape[0], chunk, *x.shape[2:])
+    return jnp.moveaxis(x, 0, 1).reshape(*shape, *x.shape[3:])
