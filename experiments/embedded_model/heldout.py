@@ -1,6 +1,7 @@
 """Two kinds of task that the embedded model has never seen, so that tuning on them shows something.
 
-`route` (the quickstart): which desk answers a customer's message. `coins`: track the state of a coin.
+`errands` (the quickstart): who helps with what somebody asks for; the words are known, the question and its answers are
+not. `route`: which desk answers a customer's message, in words that are new too. `coins`: track the state of a coin.
 Run as a script it writes the rows that the package ships:
 
     python experiments/embedded_model/heldout.py
@@ -18,6 +19,16 @@ import words as w
 
 Row = tuple[str, str]
 TASKS = Path(__file__).resolve().parents[2] / "tunejax" / "assets" / "tasks"
+
+HELPERS = {"vet": w.ANIMALS, "grocer": w.FOODS, "guide": w.PLACES, "painter": w.COLOURS}
+ERRANDS = (
+    "{n} asks about {a}.",
+    "{n} looks for {a} and {b}.",
+    "It is {d} and {n} needs {a}.",
+    "{n} and {m} talk about {a} or {b}.",
+    "Can you tell {n} more of {a}?",
+    "First {a}, then {b}, says {n}.",
+)
 
 ITEMS = "parcel jacket phone lamp watch desk bike camera printer carpet".split()
 DESKS = {
@@ -58,6 +69,14 @@ OPENINGS = ("Hello,", "Hi,", "Dear team,", "Good morning,", "This is {n}.", "{n}
 CLOSINGS = ("Regards, {n}", "{n}", "Please answer soon.", "Bye, {n}", "")
 
 
+def errands(r: random.Random) -> Row:
+    """What somebody asks for, and who helps: vet, grocer, guide or painter."""
+    helper = r.choice(list(HELPERS))
+    (a, b), (n, m) = r.sample(HELPERS[helper], 2), r.sample(w.NAMES, 2)
+    text = r.choice(ERRANDS).format(a=a, b=b, n=n, m=m, d=r.choice(w.CHAINS[0].split()))
+    return f"Who can help? {text}", helper
+
+
 def route(r: random.Random) -> Row:
     """A message of one or two sentences, and its desk: billing, delivery, account or thanks."""
     desk = r.choice(list(DESKS))
@@ -85,7 +104,7 @@ def coins(r: random.Random) -> Row:
     return f"A coin is heads up. {text} Is it still heads up?", f"{', '.join(steps)}. Answer: {'yes' if up else 'no'}"
 
 
-KINDS: dict[str, Callable[[random.Random], Row]] = {"route": route, "coins": coins}
+KINDS: dict[str, Callable[[random.Random], Row]] = {"errands": errands, "route": route, "coins": coins}
 
 
 def rows(name: str, number: int, seed: int) -> list[Row]:
@@ -107,5 +126,5 @@ def write(name: str, train: int, evaluate: int, seed: int = 0) -> None:
 
 
 if __name__ == "__main__":
-    write("route", 1000, 200)
-    write("coins", 1000, 200)
+    for name_ in KINDS:
+        write(name_, 1000, 200)

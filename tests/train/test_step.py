@@ -169,3 +169,35 @@ def test_evaluate_sums_and_counts_accuracy():
     assert sums["loss"][1] == sums["accuracy"][1] == toy.batch(0)["loss_weights"].sum()
     _, metrics = one(s, base, {}, one.put(toy.batch(0)))
     np.testing.assert_allclose(metrics["loss"], sums["loss"][0] / sums["loss"][1], rtol=1e-6)
+
+
+def test_the_step_is_compiled_once():
+    s, base, one = begin(mesh_of(2, 2, 2), method=toy.low_rank())
+    for i in range(3):
+        s, _ = one(s, base, {}, one.put(toy.batch(i)))
+        one.evaluate(s, base, {}, one.put(toy.batch(i)))
+    assert one._compiled._cache_size() == 1
+    assert one._evaluate._cache_size() == 1
+
+
+def test_objectives_may_have_frozen_parameters():
+    """A teacher's parameters go in as arguments: no constant of the program."""
+    mesh, model = mesh_of(), toy.model()
+    plain = causal_lm.make()
+
+    def loss(model, params, frozen, batch, ctx):
+        mine, weight, metrics = plain.loss(model, params, {}, batch, ctx)
+        theirs, _, _ = plain.loss(model, frozen, {}, batch, ctx)
+        return mine + theirs, weight, {"teacher": theirs, "rows": (jnp.sum(weight), 2.0), **metrics}
+
+    teacher = model.init(jax.random.key(5))
+    optimizer = optax.sgd(0.1)
+    s, base = state.start(model, toy.full(), optimizer, model.init(jax.random.key(1)), jax.random.key(0), mesh)
+    one = step.make_step(
+        model, toy.full(), plain._replace(frozen=teacher, loss=loss), optimizer, mesh=mesh, accumulate=2
+    )
+    first = jax.device_get(one.evaluate(s, base, teacher, one.put(toy.batch(0))))
+    s, metrics = one(s, base, teacher, one.put(toy.batch(0)))
+    np.testing.assert_allclose(metrics["teacher"], first["teacher"][0] / first["teacher"][1], rtol=1e-5)
+    np.testing.assert_allclose(metrics["rows"], first["rows"][0] / 4.0, rtol=1e-6)
+    assert teacher["head"]["kernel"].is_deleted() is False

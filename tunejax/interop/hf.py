@@ -212,7 +212,7 @@ def save(
         )
     family = registry.get(config.family)
     raw = family.write_config(names.with_biases(config, params), head)
-    out = names.outputs(family, family.read_config(raw), head, params, dtype)
+    out = names.outputs(family, family.read_config(raw), config, head, params, dtype)
     raw["dtype" if "dtype" in raw else "torch_dtype"] = out[0].dtype.name
     folder.parent.mkdir(parents=True, exist_ok=True)
     half = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))

@@ -121,23 +121,27 @@ def _near(name: str, stored: Mapping[str, Any]) -> str:
 
 
 def with_biases(config: ModelConfig, params: Params) -> ModelConfig:
-    """``config`` with the biases that the parameters really have: a method may have filled slots."""
+    """``config`` with the biases that a method filled; a config.json says yes or no for a whole attention or mlp."""
 
     def filled(part: str, site: str) -> bool:
         stacks = params["layers"].values()
         return any(s[part].get(site, {}).get("bias") is not None for s in stacks)
 
-    q, k, v, o = (filled("attention", s) for s in ("q", "k", "v", "o"))
-    mlp = any(filled("mlp", s) for s in ("gate", "up", "down"))
-    return dataclasses.replace(config, attention_bias=(q, k, v, o), mlp_bias=mlp)
+    new = any(filled("attention", s) and not had for s, had in zip("qkvo", config.attention_bias, strict=True))
+    attention = (True,) * 4 if new else config.attention_bias
+    mlp = config.mlp_bias or any(filled("mlp", s) for s in ("gate", "up", "down"))
+    return dataclasses.replace(config, attention_bias=attention, mlp_bias=mlp)
 
 
-def outputs(family: Family, config: ModelConfig, head: str, params: Params, dtype: Any) -> list[tensors.Out]:
+def outputs(
+    family: Family, config: ModelConfig, before: ModelConfig, head: str, params: Params, dtype: Any
+) -> list[tensors.Out]:
     """The checkpoint's tensors, each made when it is written.
 
     Args:
-      config: as a reader of the written config.json will see it. A bias that it expects and that the parameters lack
-        (a method filled those of some sites only) is written as zeros, which is the same function.
+      config: as a reader of the written config.json will see it.
+      before: as the model was built. A bias that only ``config`` expects and that the parameters lack (a method filled
+        those of other sites) is written as zeros, which is the same function.
 
     Raises:
       CheckpointError: every leaf that is missing, or that the format has no place for.
@@ -145,6 +149,7 @@ def outputs(family: Family, config: ModelConfig, head: str, params: Params, dtyp
     layered = _by_layer(params)
     table = family.tensors(config, head)
     known = {t.ours for t in table}
+    had = {t.ours for t in family.tensors(before, head) if not t.optional}
     problems = [f"{p}: {family.model_type} checkpoints have no place for it" for p in layered if p not in known]
     for t in table:
         found = layered.setdefault(t.ours, {})
@@ -152,7 +157,7 @@ def outputs(family: Family, config: ModelConfig, head: str, params: Params, dtyp
         beside = layered.get(t.ours.removesuffix("bias") + "kernel", {})
         if t.optional and not found:
             continue
-        if lacking and t.ours.endswith("/bias") and all(i in beside for i in lacking):
+        if lacking and t.ours.endswith("/bias") and t.ours not in had and all(i in beside for i in lacking):
             found.update({i: Row(beside[i].leaf, beside[i].row, zeros=True) for i in lacking})
         elif lacking:
             problems.append(f"{t.ours}: missing" + (f" in {len(lacking)} layers" if lacking != [OUTSIDE] else ""))

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from tunejax.core.paths import Params
 
-CHUNK_BYTES = {"cpu": 64 << 20}
+CHUNK_BYTES = {"cpu": 32 << 20}
 """Float32 logits of one chunk on one device, by platform, unless a caller chooses a chunk size. Smaller chunks are
 kinder to caches, larger ones read the head (and add to its gradient) fewer times."""
 ELSEWHERE = 512 << 20

@@ -1,6 +1,7 @@
 """`tunejax train CONFIG`: a run from its config to its summary, read from top to bottom."""
 
 import argparse
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,9 @@ def run(config: schema.Config) -> dict[str, Any]:
       TunejaxError: what does not fit in config, rows, checkpoint or targets; then nothing has been written.
     """
     out = folder.claim(config)
+    if (out / "summary.json").is_file():
+        print(f"{out} is finished; this is its summary. Remove summary.json to measure and sample anew.")
+        return json.loads((out / "summary.json").read_text(encoding="utf-8"))
     runtime.begin()
 
     # What the config names, and the rows: mistakes show here, before weights are read and anything is written.

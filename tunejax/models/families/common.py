@@ -105,7 +105,7 @@ def name_of(activation: str, original: Any, table: Mapping[str, str] = ACTIVATIO
 
 
 def all_or_none(config: ModelConfig) -> bool:
-    """Whether attention has biases. Raises CheckpointError where some of q, k, v, o have one: one key says it of all."""
+    """Whether attention has biases; config.json has one key for all. Raises CheckpointError where some lack it."""
     if len(set(config.attention_bias)) > 1:
         have = [k for k, bias in zip("qkvo", config.attention_bias, strict=True) if bias]
         raise errors.CheckpointError(
