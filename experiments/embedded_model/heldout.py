@@ -1,7 +1,8 @@
-"""Two kinds of task that the embedded model has never seen, so that tuning on them shows something.
+"""Three kinds of task that the embedded model has never seen, so that tuning on them shows something.
 
-`errands` (the quickstart): who helps with what somebody asks for; the words are known, the question and its answers are
-not. `route`: which desk answers a customer's message, in words that are new too. `coins`: track the state of a coin.
+`errands` (the quickstart): who helps with what somebody asks for. The model knows the words, but neither the question
+nor its answers, and the rows to evaluate on ask for things that no row to train on names: it takes what was learned
+before. `route`: which desk answers a customer's message, in words that are new too. `coins`: track the state of a coin.
 Run as a script it writes the rows that the package ships:
 
     python experiments/embedded_model/heldout.py
@@ -69,15 +70,16 @@ OPENINGS = ("Hello,", "Hi,", "Dear team,", "Good morning,", "This is {n}.", "{n}
 CLOSINGS = ("Regards, {n}", "{n}", "Please answer soon.", "Bye, {n}", "")
 
 
-def errands(r: random.Random) -> Row:
-    """What somebody asks for, and who helps: vet, grocer, guide or painter."""
+def errands(r: random.Random, evaluate: bool) -> Row:
+    """What somebody asks for, and who helps: vet, grocer, guide or painter. Every third thing is for evaluation."""
     helper = r.choice(list(HELPERS))
-    (a, b), (n, m) = r.sample(HELPERS[helper], 2), r.sample(w.NAMES, 2)
+    things = [x for i, x in enumerate(HELPERS[helper]) if (i % 3 == 0) == evaluate]
+    (a, b), (n, m) = r.sample(things, 2), r.sample(w.NAMES, 2)
     text = r.choice(ERRANDS).format(a=a, b=b, n=n, m=m, d=r.choice(w.CHAINS[0].split()))
     return f"Who can help? {text}", helper
 
 
-def route(r: random.Random) -> Row:
+def route(r: random.Random, evaluate: bool) -> Row:
     """A message of one or two sentences, and its desk: billing, delivery, account or thanks."""
     desk = r.choice(list(DESKS))
     frames = r.sample(DESKS[desk], r.randint(1, 2))
@@ -92,7 +94,7 @@ def route(r: random.Random) -> Row:
     return f"Which desk? {message}", desk
 
 
-def coins(r: random.Random) -> Row:
+def coins(r: random.Random, evaluate: bool) -> Row:
     """Whether a coin still lies heads up after some people did or did not flip it, with the state step by step."""
     names = r.sample(w.NAMES, r.randint(2, 4))
     flips = [r.random() < 0.5 for _ in names]
@@ -104,23 +106,28 @@ def coins(r: random.Random) -> Row:
     return f"A coin is heads up. {text} Is it still heads up?", f"{', '.join(steps)}. Answer: {'yes' if up else 'no'}"
 
 
-KINDS: dict[str, Callable[[random.Random], Row]] = {"errands": errands, "route": route, "coins": coins}
+KINDS: dict[str, Callable[[random.Random, bool], Row]] = {"errands": errands, "route": route, "coins": coins}
 
 
-def rows(name: str, number: int, seed: int) -> list[Row]:
-    """``number`` rows of different prompts."""
-    r, found = random.Random(f"{name} {seed}"), {}
+def rows(
+    name: str, number: int, seed: int, evaluate: bool, without: set[str] | frozenset[str] = frozenset()
+) -> list[Row]:
+    """``number`` rows of different prompts, none of them among ``without``."""
+    r = random.Random(f"{name} {seed} {evaluate}")
+    found: dict[str, Row] = {}
     while len(found) < number:
-        row = KINDS[name](r)
-        found.setdefault(row[0], row)
+        row = KINDS[name](r, evaluate)
+        if row[0] not in without:
+            found.setdefault(row[0], row)
     return list(found.values())
 
 
 def write(name: str, train: int, evaluate: int, seed: int = 0) -> None:
     """NAME_train.jsonl and NAME_eval.jsonl in the package, no prompt in both."""
-    both = rows(name, train + evaluate, seed)
+    learned = rows(name, train, seed, False)
+    kept = rows(name, evaluate, seed, True, {prompt for prompt, _ in learned})
     TASKS.mkdir(parents=True, exist_ok=True)
-    for split, some in (("train", both[:train]), ("eval", both[train:])):
+    for split, some in (("train", learned), ("eval", kept)):
         lines = [json.dumps({"prompt": p, "completion": c}) for p, c in some]
         (TASKS / f"{name}_{split}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 

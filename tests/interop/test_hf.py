@@ -184,8 +184,8 @@ def test_filled_biases(checkpoint, tmp_path):
     assert torch.all(model.model.layers[2].self_attn.o_proj.bias == 0)
     folder, _, _ = checkpoint("qwen2")
     params, _ = read(folder)
+    hole = paths.replace(params, {"layers/0/attention/q/bias": None})
     with pytest.raises(errors.CheckpointError, match="layers/attention/q/bias: missing in 3 layers"):
-        hole = paths.replace(params, {"layers/0/attention/q/bias": None})
         hf.save(tmp_path / "no", hole, hf.read_config(folder), head="lm")
     start = bitfit.bitfit("mlp/up/bias").init(jax.random.key(0), params)
     with pytest.raises(errors.CheckpointError, match="layers/mlp/up/bias: qwen2 checkpoints have no place"):
