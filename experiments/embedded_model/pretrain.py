@@ -101,7 +101,7 @@ def make_optimizer(steps: int) -> optax.GradientTransformation:
 
 
 def train(steps: int, out: Path, resume: bool = False) -> Params:
-    """Train, write parameters and optimiser state to ``out`` every 100 steps, and return the parameters.
+    """Train, write parameters and optimiser state to ``out`` every 25 steps, and return the parameters.
 
     Since the rate is constant before it falls, a run cut short can be resumed with fewer steps and equals a run of
     that many.
@@ -130,7 +130,7 @@ def train(steps: int, out: Path, resume: bool = False) -> Params:
         if i % 25 == 0 or i == steps:
             speed = (i - done) * ROWS * LENGTH / (time.monotonic() - begin)
             print(f"step {i:5} loss {float(np.mean(losses[-25:])):.4f} {speed:.0f} tokens/s", flush=True)
-        if i % 100 == 0 or i == steps:
+        if i % 25 == 0 or i == steps:
             save(out, carried, i)
     return carried[0]
 
