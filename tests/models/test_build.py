@@ -29,7 +29,7 @@ ENCODER = ModelConfig(
 @pytest.fixture(scope="module")
 def llama():
     model = build(CONFIG, head="lm")
-    return model, model.init(jax.random.key(0))
+    return model, jax.jit(model.init)(jax.random.key(0))
 
 
 def test_parameters_and_axes(llama):
@@ -57,10 +57,10 @@ def test_packed_equals_unpacked(kind):
     window = dataclasses.replace(CONFIG, sliding_window=9)
     config = {"decoder": CONFIG, "encoder": ENCODER, "window": window}[kind]
     model = build(config, head="mlm" if kind == "encoder" else "lm")
-    params = model.init(jax.random.key(0))
+    params = jax.jit(model.init)(jax.random.key(0))
     # Longer than two blocks of queries, so that the blocked path runs too.
     rng = np.random.default_rng(0)
-    sizes = [60, 31, 50]
+    sizes = [70, 20, 51]
     examples = [rng.integers(0, 50, n) for n in sizes]
     pad = 160 - sum(sizes)
     packed = {
@@ -69,10 +69,11 @@ def test_packed_equals_unpacked(kind):
         "positions": np.concatenate([*map(np.arange, sizes), np.zeros(pad, int)]),
     }
     packed = {k: jnp.asarray(v, jnp.int32)[None] for k, v in packed.items()}
-    together = np.asarray(model.logits(params, model.hidden(params, packed)[0]))[0]
+    run = jax.jit(lambda b: model.logits(params, model.hidden(params, b)[0]))
+    together = np.asarray(run(packed))[0]
     start = 0
     for example in examples:
-        alone = model.logits(params, model.hidden(params, {"tokens": jnp.asarray(example)[None]})[0])[0]
+        alone = run({"tokens": jnp.asarray(example)[None]})[0]
         np.testing.assert_allclose(together[start : start + len(example)], alone, atol=1e-5, rtol=0)
         start += len(example)
 
@@ -95,9 +96,12 @@ def test_blocked_attention_equals_plain_and_its_gradients():
         seen = jnp.concatenate([jnp.ones((2, 150, 3), bool), seen], 2)
         return jnp.where(real, jax.nn.dot_product_attention(q, k, v, mask=seen[:, None]), 0)
 
-    np.testing.assert_allclose(ours(q, k, v, prefix), plain(q, k, v, prefix), atol=1e-5)
-    grads = [jax.grad(lambda *a, f=f: jnp.sum(jnp.sin(f(*a))), (0, 1, 2, 3))(q, k, v, prefix) for f in (ours, plain)]
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), *grads)
+    def both(f):
+        out, pull = jax.vjp(f, q, k, v, prefix)
+        return out, pull(jnp.cos(out))
+
+    pairs = [jax.jit(both, static_argnums=0)(f) for f in (ours, plain)]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), *pairs)
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
@@ -109,7 +113,7 @@ def test_cached_decoding_equals_uncached(family, side):
     rng = np.random.default_rng(2)
     more = rng.integers(1, 97, (3, 3))
     whole = helpers.batch(np.concatenate([tokens, more], 1), np.concatenate([mask, np.ones((3, 3), int)], 1))
-    expected = np.asarray(model.hidden(params, whole)[0])
+    expected = np.asarray(jax.jit(model.hidden)(params, whole)[0])
     step = jax.jit(lambda p, b, c: model.hidden(p, b, cache=c))
     cache, at = model.cache(3, 20, jnp.float32), 0
     for size in (13, 1, 1, 1):
@@ -140,7 +144,7 @@ def test_cuts_change_nothing(llama):
     np.testing.assert_allclose(got, expected, atol=1e-6)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), got_aux, aux)
     assert aux["hidden"].shape == (4, 2, 6, 16)
-    jax.tree.map(np.testing.assert_array_equal, restack(params, (1, 3), 4), cut.init(jax.random.key(0)))
+    jax.tree.map(np.testing.assert_array_equal, again, jax.jit(cut.init)(jax.random.key(0)))
 
 
 def test_remat_changes_no_gradient(llama):
@@ -149,7 +153,7 @@ def test_remat_changes_no_gradient(llama):
 
     def grads(remat):
         model = build(CONFIG, head="lm", remat=remat)
-        return jax.grad(lambda p: jnp.sum(jnp.sin(model.logits(p, model.hidden(p, batch)[0]))))(params)
+        return jax.jit(jax.grad(lambda p: jnp.sum(jnp.sin(model.logits(p, model.hidden(p, batch)[0])))))(params)
 
     expected = grads("none")
     for remat in ("full", "dots", "projections"):
@@ -179,6 +183,7 @@ class Twice:
 
 def test_slots_take_operators_biases_gates_and_prefixes(llama):
     model, params = llama
+    model = model._replace(hidden=jax.jit(model.hidden))
     batch = {"tokens": jnp.arange(12).reshape(2, 6)}
     base = model.hidden(params, batch)[0]
     q = "layers/0/attention/q/kernel"
@@ -200,9 +205,9 @@ def test_slots_take_operators_biases_gates_and_prefixes(llama):
 
 def test_dropout_needs_a_key_and_keeps_the_mean():
     model = build(ENCODER, head="none")
-    params = model.init(jax.random.key(0))
+    params = jax.jit(model.init)(jax.random.key(0))
     batch = {"tokens": jnp.arange(12).reshape(2, 6)}
-    plain, a, b = (model.hidden(params, batch, key=k)[0] for k in (None, jax.random.key(1), jax.random.key(2)))
+    plain, a, b = (jax.jit(model.hidden)(params, batch, key=k)[0] for k in (None, jax.random.key(1), jax.random.key(2)))
     assert not np.allclose(plain, a)
     assert not np.allclose(a, b)
     x = dropout(jnp.ones((1000, 100)), 0.3, jax.random.key(0))
