@@ -1,6 +1,6 @@
 """Exact match of the embedded model on each kind of row, as a Markdown table.
 
-    python experiments/embedded_model/scores.py 50         # rows a kind
+python experiments/embedded_model/scores.py 50         # rows a kind
 """
 
 import sys
