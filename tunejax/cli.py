@@ -80,6 +80,8 @@ def _generate(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--top-p", type=float)
     sub.add_argument("--min-p", type=float)
     sub.add_argument("--seed", type=int, default=0)
+    types = ["float32", "bfloat16", "float16"]
+    sub.add_argument("--dtype", choices=types, default="float32", help="of a model that is no run")
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

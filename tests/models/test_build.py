@@ -17,11 +17,11 @@ from tunejax.models.modules import dropout
 
 CONFIG = ModelConfig(
     family="llama", vocab_size=50, embed_dim=16, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=4, mlp_dim=24,
-    max_positions=64,
+    max_positions=160,
 )  # fmt: skip
 ENCODER = ModelConfig(
     family="bert", kind="encoder", vocab_size=50, embed_dim=16, num_layers=2, num_heads=4, num_kv_heads=4, head_dim=4,
-    mlp_dim=24, max_positions=64, activation="gelu", gated_mlp=False, norm="layer", position="learned",
+    mlp_dim=24, max_positions=160, activation="gelu", gated_mlp=False, norm="layer", position="learned",
     attention_bias=(True,) * 4, mlp_bias=True, tie_embeddings=True, type_vocab_size=2, num_labels=3, dropout=0.5,
 )  # fmt: skip
 
@@ -60,9 +60,9 @@ def test_packed_equals_unpacked(kind):
     params = jax.jit(model.init)(jax.random.key(0))
     # Longer than two blocks of queries, so that the blocked path runs too.
     rng = np.random.default_rng(0)
-    sizes = [70, 20, 51]
+    sizes = [140, 20, 101]
     examples = [rng.integers(0, 50, n) for n in sizes]
-    pad = 160 - sum(sizes)
+    pad = 280 - sum(sizes)
     packed = {
         "tokens": np.concatenate([*examples, np.zeros(pad, int)]),
         "segment_ids": np.concatenate([np.full(n, i + 1) for i, n in enumerate(sizes)] + [np.zeros(pad, int)]),
@@ -80,10 +80,10 @@ def test_packed_equals_unpacked(kind):
 
 def test_blocked_attention_equals_plain_and_its_gradients():
     key = jax.random.split(jax.random.key(0), 5)
-    q = jax.random.normal(key[0], (2, 150, 4, 8))
-    k, v = (jax.random.normal(x, (2, 150, 2, 8)) for x in key[1:3])
+    q = jax.random.normal(key[0], (2, 260, 4, 8))
+    k, v = (jax.random.normal(x, (2, 260, 2, 8)) for x in key[1:3])
     prefix = tuple(jax.random.normal(x, (3, 2, 8)) for x in key[3:])
-    where = sites.Where(jnp.tile(jnp.arange(150), (2, 1)), jnp.array([[1] * 150, [1] * 100 + [0] * 50]))
+    where = sites.Where(jnp.tile(jnp.arange(260), (2, 1)), jnp.array([[1] * 260, [1] * 200 + [0] * 60]))
     real = (where.segment_ids > 0)[..., None, None]
 
     def ours(q, k, v, prefix):
@@ -93,7 +93,7 @@ def test_blocked_attention_equals_plain_and_its_gradients():
         front = [jnp.broadcast_to(p, (2, *p.shape)) for p in prefix]
         k, v = jnp.concatenate([front[0], k], 1), jnp.concatenate([front[1], v], 1)
         seen = sites.mask(where, where, causal=True)
-        seen = jnp.concatenate([jnp.ones((2, 150, 3), bool), seen], 2)
+        seen = jnp.concatenate([jnp.ones((2, 260, 3), bool), seen], 2)
         return jnp.where(real, jax.nn.dot_product_attention(q, k, v, mask=seen[:, None]), 0)
 
     def both(f):

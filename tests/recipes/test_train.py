@@ -188,3 +188,4 @@ def test_classification_keeps_the_head_that_it_drew(world):
     saved = adapter.read(out / "adapter").arrays["fresh|head/kernel"]
     np.testing.assert_array_equal(head, saved)
     assert jax.numpy.isfinite(head).all()
+    assert cli.main(["generate", str(out), "--prompt", "red"]) == 2

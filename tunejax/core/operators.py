@@ -70,7 +70,9 @@ def apply(kernel: Any, x: jax.Array, bias: jax.Array | None = None) -> jax.Array
     """x @ kernel + bias in the type of ``x``; x [..., in], kernel [in, out] or an operator -> [..., out]."""
     if is_operator(kernel):
         return kernel(x, bias)
-    out = x @ kernel.astype(x.dtype)
+    # One axis of rows: contracting two in the gradient would have the CPU's compiler transpose both operands.
+    rows = x.reshape(-1, x.shape[-1]) if kernel.ndim == 2 else x
+    out = (rows @ kernel.astype(x.dtype)).reshape(*x.shape[:-1], kernel.shape[-1])
     return out if bias is None else out + bias.astype(x.dtype)
 
 

@@ -103,7 +103,8 @@ def attention(
     if not ordered or queries < 2 * BLOCK:
         return _attend(query, key, value, seen, scale)
     # Queries a block at a time, each with no key after the block: half the products and a softmax that fits the cache.
-    blocks = [(i, min(i + BLOCK, queries)) for i in range(0, queries, BLOCK)]
+    size = max(BLOCK, -(-queries // BLOCKS))
+    blocks = [(i, min(i + size, queries)) for i in range(0, queries, size)]
     out = [
         _attend(query[:, i:j], key[:, : before + j], value[:, : before + j], seen[:, i:j, : before + j], scale)
         for i, j in blocks
@@ -111,8 +112,8 @@ def attention(
     return jnp.concatenate(out, axis=1)
 
 
-BLOCK = 64
-"""Queries that the CPU path takes at a time."""
+BLOCK, BLOCKS = 128, 8
+"""Queries that the CPU path takes at a time, at least; and how often, at most, since each costs compile time."""
 
 
 def _attend(query: jax.Array, key: jax.Array, value: jax.Array, seen: jax.Array, scale: float) -> jax.Array:

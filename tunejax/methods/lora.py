@@ -5,6 +5,7 @@
 PEFT stores both transposed: its lora_A is A.T [rank, in], its lora_B is B.T [out, rank].
 """
 
+import functools
 import math
 from typing import Any
 
@@ -43,8 +44,24 @@ class LoRA:
 
     def __call__(self, x: jax.Array, bias: jax.Array | None = None) -> jax.Array:
         """x [..., in] -> [..., out]."""
+        if self._summed(x):
+            out = summed(self.scale, x.reshape(-1, x.shape[-1]), self.base, self.a, self.b)
+            out = out.reshape(*x.shape[:-1], -1)
+            return out if bias is None else out + bias.astype(x.dtype)
         narrow = project(drop(x, self.dropout, self.key), self.a)
         return operators.apply(self.base, x, bias) + (self.scale * narrow) @ self.b.astype(x.dtype)
+
+    def _summed(self, x: jax.Array) -> bool:
+        """Whether one product with base + scale · a b is exact and cheaper than two: on the CPU, all in float32."""
+        if (
+            jax.default_backend() != "cpu"
+            or not operators.is_array(self.base)
+            or (self.key is not None and self.dropout)
+        ):
+            return False
+        fan_in, fan_out = self.base.shape[-2:]
+        exact = x.dtype == self.base.dtype == self.a.dtype == jnp.float32
+        return exact and self.a.ndim == 2 and x.size * (fan_in + fan_out) >= fan_in * fan_in * fan_out
 
     def dense(self) -> jax.Array:
         """base + scale · a b, added in float32 and rounded once to the type of the base."""
@@ -60,6 +77,30 @@ class LoRA:
     def dtype(self) -> Any:
         """Type of the base."""
         return self.base.dtype
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def summed(scale: float, x: jax.Array, base: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+    """x (base + scale · a b) as one product; x [rows, in], base [in, out], a [in, rank], b [rank, out] -> [rows, out].
+
+    The wide results of both products are then neither added nor kept, and no [in, out] gradient is formed unless the
+    base trains: A's and B's come from narrow products, A's transposed so that x is read in its own order.
+    """
+    return x @ (base + scale * (a @ b))
+
+
+def _summed_forward(scale: float, x: jax.Array, base: jax.Array, a: jax.Array, b: jax.Array) -> tuple[jax.Array, Any]:
+    return summed(scale, x, base, a, b), (x, base, a, b)
+
+
+def _summed_backward(scale: float, kept: Any, grad: jax.Array) -> tuple[jax.Array, ...]:
+    x, base, a, b = kept
+    to_narrow = scale * (grad @ b.T)
+    # The base's is dropped from the program where the base is frozen.
+    return grad @ (base + scale * (a @ b)).T, x.T @ grad, (to_narrow.T @ x).T, (scale * (x @ a)).T @ grad
+
+
+summed.defvjp(_summed_forward, _summed_backward)
 
 
 def project(x: jax.Array, a: jax.Array) -> jax.Array:

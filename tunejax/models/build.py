@@ -46,8 +46,8 @@ def build(
     block_type, outer_type = (
         (decoder.DecoderBlock, decoder.Decoder) if kind is decoder else (encoder.EncoderBlock, encoder.Encoder)
     )
-    block = blueprint(lambda rngs: block_type(config, dtype=param_dtype, rngs=rngs))
-    outer = blueprint(lambda rngs: outer_type(config, head, dtype=param_dtype, rngs=rngs))
+    block = blueprint(lambda noise: block_type(config, dtype=param_dtype, noise=noise), flat=True)
+    outer = blueprint(lambda noise: outer_type(config, head, dtype=param_dtype, noise=noise))
     head_keys = kind.head_keys(config, head)
 
     def init(key: Any) -> Params:

@@ -9,6 +9,7 @@ from flax import nnx
 from tunejax.core import errors, sites
 from tunejax.core.paths import Params
 from tunejax.models import modules, stack
+from tunejax.models.blueprint import Noise
 from tunejax.models.config import ModelConfig
 from tunejax.models.view import View
 
@@ -18,10 +19,10 @@ HEADS = ("lm", "classification", "none")
 class DecoderBlock(stack.Block):
     """x + gate attention(norm x), then x + gate mlp(norm x)."""
 
-    def __init__(self, config: ModelConfig, *, dtype: Any, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: ModelConfig, *, dtype: Any, noise: Noise) -> None:
         self.rate = config.dropout
-        self.attention = modules.Attention(config, dtype=dtype, rngs=rngs)
-        self.mlp = modules.Mlp(config, dtype=dtype, rngs=rngs)
+        self.attention = modules.Attention(config, dtype=dtype, noise=noise)
+        self.mlp = modules.Mlp(config, dtype=dtype, noise=noise)
         self.gate = nnx.Param(None)
 
     def __call__(self, x: jax.Array, view: View, cache: Any, key: Any) -> tuple[jax.Array, Any, dict[str, jax.Array]]:
@@ -38,14 +39,14 @@ class DecoderBlock(stack.Block):
 class Decoder(nnx.Module):
     """All of a decoder but its stack: embeddings, final norm, head."""
 
-    def __init__(self, config: ModelConfig, head: str, *, dtype: Any, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: ModelConfig, head: str, *, dtype: Any, noise: Noise) -> None:
         c = config
         self.rate = c.dropout
-        self.embed = modules.Table(c.vocab_size, c, dtype=dtype, rngs=rngs)
+        self.embed = modules.Table(c.vocab_size, c, dtype=dtype, noise=noise)
         if c.position == "learned":
-            self.positions = modules.Table(c.max_positions, c, dtype=dtype, rngs=rngs)
+            self.positions = modules.Table(c.max_positions, c, dtype=dtype, noise=noise)
         self.norm = modules.Norm(c.embed_dim, c.norm, c.norm_eps, dtype=dtype)
-        made = {"std": modules.init_scale(c), "dtype": dtype, "rngs": rngs}
+        made = {"std": modules.init_scale(c), "dtype": dtype, "noise": noise}
         if head == "lm" and not c.tie_embeddings:
             self.head = modules.Linear(c.embed_dim, c.vocab_size, False, **made)
         if head == "classification":

@@ -10,6 +10,7 @@ from flax import nnx
 from tunejax.core import errors, sites
 from tunejax.core.paths import Params
 from tunejax.models import modules, stack
+from tunejax.models.blueprint import Noise
 from tunejax.models.config import ModelConfig
 from tunejax.models.view import View
 
@@ -19,10 +20,10 @@ HEADS = ("mlm", "classification", "none")
 class EncoderBlock(stack.Block):
     """norm(x + gate attention(x)), then norm(x + gate mlp(x))."""
 
-    def __init__(self, config: ModelConfig, *, dtype: Any, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: ModelConfig, *, dtype: Any, noise: Noise) -> None:
         self.rate = config.dropout
-        self.attention = modules.Attention(config, dtype=dtype, rngs=rngs)
-        self.mlp = modules.Mlp(config, dtype=dtype, rngs=rngs)
+        self.attention = modules.Attention(config, dtype=dtype, noise=noise)
+        self.mlp = modules.Mlp(config, dtype=dtype, noise=noise)
         self.gate = nnx.Param(None)
 
     def __call__(self, x: jax.Array, view: View, cache: Any, key: Any) -> tuple[jax.Array, Any, dict[str, jax.Array]]:
@@ -39,10 +40,10 @@ class EncoderBlock(stack.Block):
 class MlmHead(nnx.Module):
     """norm(act(x dense)), against the table, plus a bias over the vocabulary."""
 
-    def __init__(self, config: ModelConfig, *, dtype: Any, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: ModelConfig, *, dtype: Any, noise: Noise) -> None:
         c = config
         self.act = c.activation
-        self.dense = modules.Linear(c.embed_dim, c.embed_dim, True, std=modules.init_scale(c), dtype=dtype, rngs=rngs)
+        self.dense = modules.Linear(c.embed_dim, c.embed_dim, True, std=modules.init_scale(c), dtype=dtype, noise=noise)
         self.norm = modules.Norm(c.embed_dim, "layer", c.norm_eps, dtype=dtype)
         self.bias = nnx.Param(jnp.zeros((c.vocab_size,), dtype))
 
@@ -50,16 +51,16 @@ class MlmHead(nnx.Module):
 class Encoder(nnx.Module):
     """All of an encoder but its stack: embeddings and heads."""
 
-    def __init__(self, config: ModelConfig, head: str, *, dtype: Any, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: ModelConfig, head: str, *, dtype: Any, noise: Noise) -> None:
         c = config
         self.rate = c.dropout
-        self.embed = modules.Table(c.vocab_size, c, dtype=dtype, rngs=rngs)
-        self.positions = modules.Table(c.max_positions, c, dtype=dtype, rngs=rngs)
-        self.types = modules.Table(c.type_vocab_size, c, dtype=dtype, rngs=rngs)
+        self.embed = modules.Table(c.vocab_size, c, dtype=dtype, noise=noise)
+        self.positions = modules.Table(c.max_positions, c, dtype=dtype, noise=noise)
+        self.types = modules.Table(c.type_vocab_size, c, dtype=dtype, noise=noise)
         self.embed_norm = modules.Norm(c.embed_dim, "layer", c.norm_eps, dtype=dtype)
-        made = {"std": modules.init_scale(c), "dtype": dtype, "rngs": rngs}
+        made = {"std": modules.init_scale(c), "dtype": dtype, "noise": noise}
         if head == "mlm":
-            self.mlm = MlmHead(c, dtype=dtype, rngs=rngs)
+            self.mlm = MlmHead(c, dtype=dtype, noise=noise)
         else:
             self.pooler = modules.Linear(c.embed_dim, c.embed_dim, True, **made)
         if head == "classification":

@@ -9,6 +9,7 @@ from flax import nnx
 
 from tunejax.core import errors, sites
 from tunejax.models import rope
+from tunejax.models.blueprint import Noise
 from tunejax.models.config import ModelConfig
 from tunejax.models.view import View
 
@@ -33,16 +34,16 @@ def init_scale(config: ModelConfig) -> float:
     return float(dict(config.extra).get("initializer_range", 0.02))
 
 
-def normal(rngs: nnx.Rngs, shape: tuple[int, ...], std: float, dtype: Any) -> nnx.Param:
+def normal(noise: Noise, shape: tuple[int, ...], std: float, dtype: Any) -> nnx.Param:
     """A slot of fresh normal values with standard deviation ``std``."""
-    return nnx.Param(std * jax.random.normal(rngs.params(), shape, dtype))
+    return nnx.Param((std * noise(shape)).astype(dtype))
 
 
 class Linear(nnx.Module):
     """kernel [in, out], and bias [out] or an empty slot."""
 
-    def __init__(self, fan_in: int, fan_out: int, bias: bool, *, std: float, dtype: Any, rngs: nnx.Rngs) -> None:
-        self.kernel = normal(rngs, (fan_in, fan_out), std, dtype)
+    def __init__(self, fan_in: int, fan_out: int, bias: bool, *, std: float, dtype: Any, noise: Noise) -> None:
+        self.kernel = normal(noise, (fan_in, fan_out), std, dtype)
         self.bias = nnx.Param(jnp.zeros((fan_out,), dtype) if bias else None)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -53,8 +54,8 @@ class Linear(nnx.Module):
 class Table(nnx.Module):
     """table [rows, embed]."""
 
-    def __init__(self, rows: int, config: ModelConfig, *, dtype: Any, rngs: nnx.Rngs) -> None:
-        self.table = normal(rngs, (rows, config.embed_dim), init_scale(config), dtype)
+    def __init__(self, rows: int, config: ModelConfig, *, dtype: Any, noise: Noise) -> None:
+        self.table = normal(noise, (rows, config.embed_dim), init_scale(config), dtype)
 
     def __call__(self, ids: jax.Array, dtype: Any) -> jax.Array:
         """ids [...] -> [..., embed] in ``dtype``."""
@@ -96,11 +97,11 @@ class Norm(nnx.Module):
 class Attention(nnx.Module):
     """Multi-head attention with grouped key/value heads; ``norm`` stands before it (decoder) or after (encoder)."""
 
-    def __init__(self, config: ModelConfig, *, dtype: Any, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: ModelConfig, *, dtype: Any, noise: Noise) -> None:
         c = config
         self.config = c
         q_dim, kv_dim = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-        made = {"std": init_scale(c), "dtype": dtype, "rngs": rngs}
+        made = {"std": init_scale(c), "dtype": dtype, "noise": noise}
         self.norm = Norm(c.embed_dim, c.norm, c.norm_eps, dtype=dtype)
         self.q = Linear(c.embed_dim, q_dim, c.attention_bias[0], **made)
         self.k = Linear(c.embed_dim, kv_dim, c.attention_bias[1], **made)
@@ -140,9 +141,9 @@ class Attention(nnx.Module):
 class Mlp(nnx.Module):
     """act(x gate) * (x up), or act(x up); then down. ``norm`` stands before it (decoder) or after (encoder)."""
 
-    def __init__(self, config: ModelConfig, *, dtype: Any, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: ModelConfig, *, dtype: Any, noise: Noise) -> None:
         c = config
-        made = {"std": init_scale(c), "dtype": dtype, "rngs": rngs}
+        made = {"std": init_scale(c), "dtype": dtype, "noise": noise}
         self.act = c.activation
         self.norm = Norm(c.embed_dim, c.norm, c.norm_eps, dtype=dtype)
         self.gated = c.gated_mlp

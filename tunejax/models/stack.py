@@ -50,7 +50,7 @@ def init(block: Blueprint, sizes: Sequence[int], key: Any) -> Params:
     keys = jax.random.split(key, sum(sizes))
     out, start = {}, 0
     for name, size in enumerate(sizes):
-        out[str(name)] = jax.vmap(block.init)(keys[start : start + size])
+        out[str(name)] = jax.lax.map(block.init, keys[start : start + size])
         start += size
     return out
 

@@ -29,7 +29,7 @@ class Adapter(NamedTuple):
 
 
 def save(folder: Path, trees: dict[str, Any], base: Base, info: dict[str, Any]) -> None:
-    """Writes arrays and spec, each whole or not at all.
+    """Writes arrays and spec, each whole or not at all. Every process calls it; the first one writes.
 
     Args:
       trees: pytrees by name: train, state, fresh (a head that the checkpoint lacks).
@@ -37,10 +37,10 @@ def save(folder: Path, trees: dict[str, Any], base: Base, info: dict[str, Any]) 
     """
     from safetensors import numpy as safetensors
 
+    arrays = {f"{tree}|{k}": on_host(x) for tree, values in trees.items() for k, x in named(values).items()}
+    if jax.process_index():
+        return
     folder.mkdir(parents=True, exist_ok=True)
-    arrays = {}
-    for tree, values in trees.items():
-        arrays.update({f"{tree}|{k}": np.asarray(x) for k, x in named(values).items()})
     half = folder / f".{ARRAYS}"
     safetensors.save_file({k: np.ascontiguousarray(x) for k, x in arrays.items()}, half)
     half.replace(folder / ARRAYS)
@@ -48,6 +48,15 @@ def save(folder: Path, trees: dict[str, Any], base: Base, info: dict[str, Any]) 
     half = folder / f".{SPEC}"
     half.write_text(json.dumps(spec, indent=2) + "\n", encoding="utf-8")
     half.replace(folder / SPEC)
+
+
+def on_host(x: Any) -> np.ndarray:
+    """The whole array, also where other processes hold parts of it (all of them must then call this)."""
+    if isinstance(x, jax.Array) and not x.is_fully_addressable:
+        from jax.experimental import multihost_utils
+
+        x = multihost_utils.process_allgather(x, tiled=True)
+    return np.asarray(x)
 
 
 def read(folder: Path) -> Adapter:

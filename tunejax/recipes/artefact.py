@@ -59,15 +59,21 @@ def open_base(config: schema.Config, num_labels: int | None = None) -> Tuned:
     return Tuned(parts, method_lib.apply_edits(loaded.params, start.edits), start.train, start.state)
 
 
-def plain(model: str) -> Tuned:
-    """A model folder or hub id by itself, in the shape of a run that trains nothing more."""
-    raw = {
-        "output_dir": "unused",
-        "model": {"path": model},
-        "data": {"path": "unused", "max_length": 2},
-        "method": "full",
-    }
-    return open_base(load.check(raw))
+def plain(model: str, dtype: str = "float32") -> Tuned:
+    """A model folder or hub id by itself, in the shape of a run that trains nothing; all of it in ``dtype``."""
+    named = {"path": model, "dtype": dtype, "param_dtype": dtype}
+    raw = {"output_dir": "unused", "model": named, "data": {"path": "unused", "max_length": 2}, "method": "none"}
+    config = load.check(raw)
+    parts = assemble.parts(config, assemble.opened(config, method_lib.method("none", _nothing, _as_it_is)))
+    return Tuned(parts, assemble.load(parts).params, {}, {})
+
+
+def _nothing(key: Any, params: paths.Params) -> method_lib.Start:
+    return method_lib.Start()
+
+
+def _as_it_is(params: paths.Params, train: Any, state: Any, ctx: method_lib.Context) -> paths.Params:
+    return params
 
 
 def is_run(text: str) -> bool:

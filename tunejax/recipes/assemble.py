@@ -58,9 +58,12 @@ class Loaded(NamedTuple):
     fresh: list[str]
 
 
-def opened(config: schema.Config) -> Opened:
-    """Reads what the config names: its method's spec, the checkpoint's shape and its tokenizer; no weights."""
-    method = registry.build(config.method)
+def opened(config: schema.Config, method: Method | None = None) -> Opened:
+    """Reads what the config names: its method's spec, the checkpoint's shape and its tokenizer; no weights.
+
+    method: instead of the one that the config names.
+    """
+    method = registry.build(config.method) if method is None else method
     folder = hf.resolve(locate.model(config.model.path))
     found = hf.read_config(folder)
     tokenizer = hf.tokenizer(locate.locate(config.model.tokenizer) if config.model.tokenizer else folder)

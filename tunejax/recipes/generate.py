@@ -20,7 +20,9 @@ def main(args: argparse.Namespace) -> None:
     if not prompts:
         raise errors.ConfigError("no prompt: give --prompt TEXT, or lines on standard input")
     runtime.begin()
-    tuned = artefact.open_run(args.model) if artefact.is_run(args.model) else artefact.plain(args.model)
+    tuned = artefact.open_run(args.model) if artefact.is_run(args.model) else artefact.plain(args.model, args.dtype)
+    if not samples.generates(tuned.parts):
+        raise errors.ConfigError(f"{args.model} is tuned for {tuned.parts.config.objective.name}; it writes no text")
     g = tuned.parts.config.generation
     for name in ("temperature", "top_k", "top_p", "min_p"):
         if getattr(args, name) is None:

@@ -29,7 +29,9 @@ class Judge(NamedTuple):
         """Scores; writes them and the samples as ``out/samples/<name>.json`` and ``.jsonl``."""
         found: dict[str, float] = {}
         if self.batches is not None:
-            found = scores.with_perplexity(evaluation.evaluate(self.step, state, base, self.batches()))
+            found = evaluation.evaluate(self.step, state, base, self.batches())
+            if self.parts.config.model.head != "classification":
+                found = scores.with_perplexity(found)
         params = self.parts.method.bind(base, state.train, state.state, Context())
         said = list(self.answers(params)) if single_process() else []
         if said and wants_match(self.parts.config, self.rows):

@@ -54,7 +54,7 @@ def run(config: schema.Config) -> dict[str, Any]:
     shapes = jax.eval_shape(parts.method.init, jax.random.key(0), loaded.params)
     counts = table.table(loaded.params, shapes.train, shapes.edits)
     announce(parts, counts, report.describe(parts.method, loaded.params, shapes), data, total)
-    fresh = {p: jax.device_get(paths.get(loaded.params, p)) for p in loaded.fresh if p not in shapes.edits}
+    fresh = {p: adapter.on_host(paths.get(loaded.params, p)) for p in loaded.fresh if p not in shapes.edits}
     key = jax.random.key(config.seed)
     begun, base = state.start(parts.model, parts.method, optimizer, loaded.params, key, mesh)
     loaded = loaded._replace(params={})  # what trains whole has moved out of it
@@ -94,9 +94,6 @@ def run(config: schema.Config) -> dict[str, Any]:
     trees = {"train": final.train, "state": final.state, "fresh": fresh}
     adapter.save(out / "adapter", trees, loaded.base, info)
     end_scores = judge(final, base, out, "after")
-    plots.loss(
-        folder.read_rows(out / "metrics.jsonl"), out / "plots" / "loss.png", f"{parts.name}, {parts.method.name}"
-    )
     summary = {
         **{f"before_{k}": v for k, v in start_scores.items()},
         **{f"eval_{k}": v for k, v in end_scores.items()},
@@ -110,6 +107,11 @@ def run(config: schema.Config) -> dict[str, Any]:
         "base": loaded.base._asdict(),
         "rows": data.counts(),
     }
+    if jax.process_index():
+        return summary
+    plots.loss(
+        folder.read_rows(out / "metrics.jsonl"), out / "plots" / "loss.png", f"{parts.name}, {parts.method.name}"
+    )
     folder.write_json(out / "summary.json", summary)
     conclude(out, start_scores, end_scores, summary)
     return summary

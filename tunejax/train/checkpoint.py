@@ -46,6 +46,8 @@ class Checkpointer:
             enable_async_checkpointing=True,
         )
         self._manager = ocp.CheckpointManager(self.folder, options=options)
+        # Not asked of the manager at each save: what is complete on disk may look different to two processes.
+        self._begun = set(self._manager.all_steps())
 
     def latest(self) -> int | None:
         """The step of the last complete checkpoint."""
@@ -65,8 +67,9 @@ class Checkpointer:
           best: the evaluation metric that decides which checkpoint is the best one; None: not evaluated here.
         """
         step = int(state.step)
-        if step in self._manager.all_steps():
+        if step in self._begun:
             return
+        self._begun.add(step)
         note = {"data": gather_json(_encoded(data)), "loop": loop, "layout": layout(state)}
         args = self._ocp.args.Composite(
             state=self._ocp.args.StandardSave(_plain(state)), note=self._ocp.args.JsonSave(note)

@@ -162,8 +162,8 @@ class _Run:
                 self.log()
             if self.due(self.options.eval_steps):
                 self.evaluate()
-            if self.due(self.options.save_steps):
-                self.save()
+            if self.due(self.options.save_steps) and self.at != self.options.max_steps:
+                self.save()  # the last step is saved once it is evaluated
         self.result.stopped = reason
         self.log()
         finished = reason in ("max_steps", "data", "early")
@@ -193,6 +193,9 @@ class _Run:
         self.state, metrics = self.step(self.state, self.base, self.frozen, self.step.put(batch))
         self.at += 1
         self.meter.add(metrics, tokens)
+        if self.at == self.result.resumed_from + 1:
+            jax.block_until_ready(metrics)  # compiling is no part of the speed
+            self.meter.restart_clock()
         self.meter.wait()
         self.bar.step(self.at)
 

@@ -37,20 +37,20 @@ class Meter:
             jax.block_until_ready(self._steps[-1 - behind]["loss"])
 
     def read(self) -> dict[str, float]:
-        """Means since the last call, with tokens_per_second; starts anew. Empty where no step was added."""
+        """Means since the last call, with tokens_per_second where known; starts anew. Empty where no step was added."""
         if not self._steps:
             return {}
         steps = jax.device_get(self._steps)
         self._steps = []
         out = _averaged(steps)
-        now = time.perf_counter()
-        out["tokens_per_second"] = self._tokens / max(now - self._since, 1e-9)
-        self._tokens, self._since = 0, now
+        if self._tokens:
+            out["tokens_per_second"] = self._tokens / max(time.perf_counter() - self._since, 1e-9)
+        self.restart_clock()
         return out
 
     def restart_clock(self) -> None:
-        """Leaves the time since the last `read` out of tokens_per_second, keeping steps added (an evaluation ran)."""
-        self._since = time.perf_counter()
+        """Leaves time and tokens since the last `read` out of the speed (something else ran); their metrics stay."""
+        self._tokens, self._since = 0, time.perf_counter()
 
 
 def _averaged(steps: list[dict[str, np.ndarray]]) -> dict[str, float]:
