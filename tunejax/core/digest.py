@@ -24,7 +24,12 @@ LANES = ((0x9E3779B9, 0x85EBCA6B), (0xC2B2AE35, 0x27D4EB2F))
 
 def digest(params: Mapping[str, Any]) -> str:
     """64 hexadecimal digits for all arrays of ``params``; empty slots (None) count for nothing."""
-    lines = [f"{path} {print_}" for path, print_ in sorted(leaf_digests(params).items())]
+    return of_leaves(leaf_digests(params))
+
+
+def of_leaves(prints: Mapping[str, str]) -> str:
+    """The `digest` of the parameters whose `leaf_digests` these are."""
+    lines = [f"{path} {print_}" for path, print_ in sorted(prints.items())]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 

@@ -114,6 +114,11 @@ def apply_edits(params: Params, edits: Mapping[Path, Leaf | None]) -> Params:
     return paths.replace(params, edits)
 
 
+def fill(params: Params, train: PyTree, state: PyTree, ctx: Context) -> Params:
+    """The ``bind`` of methods whose ``train`` is values by path: puts them into their holes and empty slots."""
+    return paths.replace(params, train)
+
+
 def chain(*methods: Method) -> Method:
     """The methods one after another, each seeing what those before it bound. Associative: nested chains flatten.
 
@@ -154,10 +159,9 @@ def chain(*methods: Method) -> Method:
         return sum(m.penalty(train[k], state[k], ctx) for k, m in zip(keys, parts, strict=True))
 
     def merge(params: Params, train: PyTree, state: PyTree) -> Params:
-        for i, (k, m) in enumerate(zip(keys, parts, strict=True)):
-            step = m.bind if i + 1 < len(parts) else None
-            params = step(params, train[k], state[k], Context()) if step else m.merge(params, train[k], state[k])
-        return params
+        for k, m in zip(keys[:-1], parts[:-1], strict=True):
+            params = m.bind(params, train[k], state[k], Context())
+        return parts[-1].merge(params, train[keys[-1]], state[keys[-1]])
 
     def axes(model_axes: Mapping[Path, Axes], train: PyTree) -> PyTree:
         return {k: m.axes(model_axes, train[k]) for k, m in zip(keys, parts, strict=True)}

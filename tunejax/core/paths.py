@@ -9,6 +9,7 @@ targets, what is frozen, learning-rate groups, sharding and loading.
 """
 
 import functools
+import math
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
@@ -146,8 +147,7 @@ class Selection(NamedTuple):
 
 def size(leaf: Leaf) -> int:
     """The number of entries of an array (or of the kernel that an operator stands for); 0 for None."""
-    shape = getattr(leaf, "shape", ())
-    return 0 if leaf is None else functools.reduce(lambda a, b: a * b, shape, 1)
+    return 0 if leaf is None else math.prod(getattr(leaf, "shape", ()))
 
 
 def layer_range(text: str | int | tuple[int, int], depth: int) -> tuple[int, int]:
@@ -171,7 +171,7 @@ def layer_range(text: str | int | tuple[int, int], depth: int) -> tuple[int, int
     return start, stop
 
 
-def _outside(params: Mapping[str, Any], layers: str | int | tuple[int, int]) -> tuple[list[Segment], int, int]:
+def _outside(params: Mapping[str, Any], layers: str | int | tuple[int, int]) -> list[Segment]:
     """The segments that ``layers`` leaves out, which the stack must have been cut for."""
     parts = segments(params)
     start, stop = layer_range(layers, sum(s.size for s in parts))
@@ -181,7 +181,7 @@ def _outside(params: Mapping[str, Any], layers: str | int | tuple[int, int]) -> 
                 f"layers {start}:{stop} cut through segment layers/{s.name} (layers {s.start} to "
                 f"{s.start + s.size - 1}); build the model with cuts=({start}, {stop})"
             )
-    return [s for s in parts if s.start + s.size <= start or s.start >= stop], start, stop
+    return [s for s in parts if s.start + s.size <= start or s.start >= stop]
 
 
 def select(
@@ -205,7 +205,7 @@ def select(
     patterns = [patterns] if isinstance(patterns, str) else list(patterns)
     flat = {p: leaf for p, leaf in flatten(params).items() if (leaf is None) == empty}
     if layers is not None:
-        left_out, _, _ = _outside(params, layers)
+        left_out = _outside(params, layers)
         flat = {p: x for p, x in flat.items() if p.startswith("layers/") and not any(p in s for s in left_out)}
     chosen: dict[Path, Leaf] = {}
     by_pattern: dict[str, list[Path]] = {}

@@ -113,8 +113,3 @@ def wrap(indices: Sequence[int], lengths: Sequence[int] | np.ndarray, capacity: 
                 bins.append(tuple(held))
                 held, room = [], capacity
     return [*bins, tuple(held)] if held else bins
-
-
-def efficiency(bins: Sequence[Bin], capacity: int) -> float:
-    """The share of positions that hold a token."""
-    return sum(p.stop - p.start for b in bins for p in b) / max(len(bins) * capacity, 1)

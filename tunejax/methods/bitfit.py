@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from tunejax.core import errors, paths
 from tunejax.core import method as methods
-from tunejax.core.method import Context, Method, PyTree, Start
+from tunejax.core.method import Method, Start
 from tunejax.core.paths import Params, Path
 
 
@@ -34,11 +34,8 @@ def bitfit(targets: str | list[str] = "bias", fill_empty: bool = True, layers: s
         train = {p: x.astype(jnp.float32) for p, x in present.items()}
         return Start(dict.fromkeys(present), {**train, **zeros})
 
-    def bind(params: Params, train: PyTree, state: PyTree, ctx: Context) -> Params:
-        return paths.replace(params, train)
-
     return methods.method(
-        "bitfit", init, bind, cuts=lambda depth: methods.layer_cuts(layers, depth), targets=tuple(named)
+        "bitfit", init, methods.fill, cuts=lambda depth: methods.layer_cuts(layers, depth), targets=tuple(named)
     )
 
 

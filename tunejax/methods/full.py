@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from tunejax.core import errors, operators, paths
 from tunejax.core import method as methods
-from tunejax.core.method import Context, Method, PyTree, Start
+from tunejax.core.method import Method, Start
 from tunejax.core.paths import Params, Path
 
 ENDS = ("/norm/*", "/head/*", "/pooler/*", "/classifier/*", "/mlm/**")
@@ -34,7 +34,9 @@ def full(targets: str | list[str] = "**", layers: str | int | None = None) -> Me
         return moved("full", paths.select(params, targets, layers=layers).leaves)
 
     named = (targets,) if isinstance(targets, str) else tuple(targets)
-    return methods.method("full", init, fill, cuts=lambda depth: methods.layer_cuts(layers, depth), targets=named)
+    return methods.method(
+        "full", init, methods.fill, cuts=lambda depth: methods.layer_cuts(layers, depth), targets=named
+    )
 
 
 def last_k(k: int, norm: bool = True, head: bool = True) -> Method:
@@ -71,7 +73,7 @@ def last_k(k: int, norm: bool = True, head: bool = True) -> Method:
         _check(k, depth)
         return (depth - k,) if 0 < k < depth else ()
 
-    return methods.method("last_k", init, fill, cuts=cuts)
+    return methods.method("last_k", init, methods.fill, cuts=cuts)
 
 
 def _check(k: int, depth: int) -> None:
@@ -94,8 +96,3 @@ def moved(name: str, leaves: Mapping[Path, Any]) -> Start:
     if integers:
         raise errors.TargetError(f"{name} targets {integers[0]} of type {leaves[integers[0]].dtype}; it cannot train")
     return Start(dict.fromkeys(leaves), {p: x.astype(jnp.float32) for p, x in leaves.items()})
-
-
-def fill(params: Params, train: PyTree, state: PyTree, ctx: Context) -> Params:
-    """Puts what trains back into its holes."""
-    return paths.replace(params, train)

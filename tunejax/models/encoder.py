@@ -20,12 +20,6 @@ HEADS = ("mlm", "classification", "none")
 class EncoderBlock(stack.Block):
     """norm(x + gate attention(x)), then norm(x + gate mlp(x))."""
 
-    def __init__(self, config: ModelConfig, *, dtype: Any, noise: Noise) -> None:
-        self.rate = config.dropout
-        self.attention = modules.Attention(config, dtype=dtype, noise=noise)
-        self.mlp = modules.Mlp(config, dtype=dtype, noise=noise)
-        self.gate = nnx.Param(None)
-
     def __call__(self, x: jax.Array, view: View, cache: Any, key: Any) -> tuple[jax.Array, Any, dict[str, jax.Array]]:
         """See `stack.Block`."""
         keys = (None, None) if key is None else jax.random.split(key)

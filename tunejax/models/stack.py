@@ -10,7 +10,9 @@ from flax import nnx
 
 from tunejax.core import errors
 from tunejax.core.paths import Params
-from tunejax.models.blueprint import Blueprint
+from tunejax.models import modules
+from tunejax.models.blueprint import Blueprint, Noise
+from tunejax.models.config import ModelConfig
 from tunejax.models.view import View
 
 Constrain = Callable[[jax.Array, tuple[str | None, ...]], jax.Array]
@@ -29,7 +31,13 @@ TAPS = ("hidden", "attention", "mlp")
 
 
 class Block(nnx.Module):
-    """What a stack is made of: called with (x, view, cache, key) -> (x, cache, taps)."""
+    """What a stack is made of: attention, MLP and the gate of both branches; a subclass says how they join."""
+
+    def __init__(self, config: ModelConfig, *, dtype: Any, noise: Noise) -> None:
+        self.rate = config.dropout
+        self.attention = modules.Attention(config, dtype=dtype, noise=noise)
+        self.mlp = modules.Mlp(config, dtype=dtype, noise=noise)
+        self.gate = nnx.Param(None)
 
     def __call__(self, x: jax.Array, view: View, cache: Any, key: Any) -> tuple[jax.Array, Any, dict[str, jax.Array]]:
         """x [batch, length, embed] -> the same shape, the layer's new cache, and each of `TAPS` but "hidden"."""

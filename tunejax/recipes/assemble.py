@@ -51,11 +51,15 @@ class Parts(NamedTuple):
 
 
 class Loaded(NamedTuple):
-    """Parameters of the base. fresh: paths of a head that the checkpoint lacks, drawn from the seed."""
+    """Parameters of the base. fresh: paths of a head that the checkpoint lacks, drawn from the seed.
+
+    prints: `digest.leaf_digests` of all of them, to check later that nothing changed.
+    """
 
     params: paths.Params
     base: adapter.Base
     fresh: list[str]
+    prints: dict[str, str]
 
 
 def opened(config: schema.Config, method: Method | None = None) -> Opened:
@@ -146,6 +150,7 @@ def load(p: Parts) -> Loaded:
         shardings=places.get,
         key=jax.random.fold_in(jax.random.key(p.config.seed), 7),
     )
-    fresh = list(report.fresh)
-    read = paths.unflatten({k: x for k, x in paths.flatten(params).items() if k not in fresh})
-    return Loaded(params, adapter.Base(p.name, digest.digest(read)), fresh)
+    fresh, flat = list(report.fresh), paths.flatten(params)
+    read = digest.leaf_digests(paths.unflatten({k: x for k, x in flat.items() if k not in fresh}))
+    drawn = digest.leaf_digests(paths.unflatten({k: flat[k] for k in fresh}))
+    return Loaded(params, adapter.Base(p.name, digest.of_leaves(read)), fresh, {**read, **drawn})

@@ -50,7 +50,6 @@ def run(config: schema.Config) -> dict[str, Any]:
 
     # The base, its digest, and what the method makes of it.
     loaded = assemble.load(parts)
-    before = digest.leaf_digests(loaded.params)
     shapes = jax.eval_shape(parts.method.init, jax.random.key(0), loaded.params)
     counts = table.table(loaded.params, shapes.train, shapes.edits)
     announce(parts, counts, report.describe(parts.method, loaded.params, shapes), data, total)
@@ -88,7 +87,7 @@ def run(config: schema.Config) -> dict[str, Any]:
         return {"stopped": result.stopped, "step": result.step}
 
     # What comes out: the adapter, samples, a picture, the summary.
-    check_untouched(before, base, shapes.edits)
+    check_untouched(loaded.prints, base, shapes.edits)
     info = {"method": config.method, "name": parts.method.name, "head": config.model.head, "seed": config.seed,
             "num_labels": parts.model_config.num_labels, "labels": list(data.labels), "step": at}  # fmt: skip
     trees = {"train": final.train, "state": final.state, "fresh": fresh}

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from tunejax.core import errors, operators, paths
+from tunejax.core import errors, paths
 from tunejax.core.method import Axes
 from tunejax.core.paths import Params, Path
 
@@ -150,12 +150,3 @@ def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Arra
 def shard_params(mesh: Mesh, rules: Rules, axes: Mapping[Path, Axes], params: Params) -> Params:
     """``params`` laid over the mesh. Arrays that already lie right are kept, not copied."""
     return jax.tree.map(jax.device_put, params, params_shardings(mesh, rules, axes, params))
-
-
-def local_bytes(tree: Any) -> int:
-    """Bytes that the arrays of ``tree`` take on one device."""
-    return sum(
-        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
-        for x in jax.tree.leaves(tree)
-        if operators.is_array(x)
-    )
