@@ -211,7 +211,7 @@ def finish(made: formats.Encoded, opts: options.Options, rejects: bad.BadRows, r
     if len(ids) > opts.max_length and opts.truncation != "split":
         if opts.truncation != "end":
             message = f"too long: {len(ids)} tokens, expected at most max_length={opts.max_length}"
-            advice = "" if opts.truncation == "skip" else " (data.truncate=true cuts such rows)"
+            advice = "" if opts.truncation == "skip" else " (data.truncation=end cuts such rows)"
             rejects.add(bad.LONG, source, message + advice, skip=opts.truncation == "skip")
             return []
         lost = any(in_loss[opts.max_length :])
