@@ -90,7 +90,8 @@ def fit(
 
     Args:
       step, state, base: from `step.make_step` and `state.start`; ``state`` is donated.
-      loader: iterator of batches of this process's rows; its get_state / set_state make resuming exact.
+      loader: iterator of batches of this process's rows, as many on every process (asking at each step would make
+        the host wait); its get_state / set_state make resuming exact.
       options: when things happen.
       eval_loader: makes a fresh, finite loader for each evaluation.
       checkpointer: where to save and to resume from; None: nowhere.
@@ -154,7 +155,7 @@ class _Run:
         self.meter.restart_clock()
         while not (reason := self.reason_to_stop(wish)):
             batch = next(batches, None)
-            if signals.any_process(batch is None) or batch is None:
+            if batch is None:
                 reason = "data"
                 break
             self.one(batch)
