@@ -50,7 +50,7 @@ class Progress:
         """Shows what was just logged."""
         if not self._shown:
             return
-        text = "  ".join(f"{name} {_short(v)}" for name, v in values.items() if name in _WATCHED or "eval_" in name)
+        text = "  ".join(_shown(name, v) for name, v in values.items() if name in _WATCHED or "eval_" in name)
         if self._bar:
             self._bar.update(self._task, text=text)
             if any(name.startswith("eval_") for name in values):
@@ -59,8 +59,10 @@ class Progress:
             print(f"step {step}/{self.total or '?'}  {text}", file=sys.stderr, flush=True)
 
 
-_WATCHED = ("loss", "accuracy", "tokens_per_second", "learning_rate", "grad_norm")
+_WATCHED = ("loss", "accuracy", "tokens_per_second")  # more would not leave the bar room on 80 columns
 
 
-def _short(value: float) -> str:
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+def _shown(name: str, value: float) -> str:
+    if name == "tokens_per_second":
+        return f"{value:,.0f} tokens/s"
+    return f"{name} {value:.4g}"
