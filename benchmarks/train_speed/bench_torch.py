@@ -7,27 +7,18 @@ import numpy as np
 def main() -> None:
     """Measures what the flags name."""
     args = common.arguments(compile={"action": "store_true", "help": "torch.compile the model"})
-    common.measure("torch_compiled" if args.compile else "torch_eager", args, lambda mode: setup(mode, args.compile))
+    common.measure(
+        "torch_compiled" if args.compile else "torch_eager", args, lambda: setup(args.mode, args.model, args.compile)
+    )
 
 
-def setup(mode: str, compiled: bool) -> common.Setup:
-    """The training step of ``mode`` on a fresh model, and how many parameters it trains."""
+def setup(mode: str, folder: str, compiled: bool) -> common.Setup:
+    """The training step of ``mode`` on the model in ``folder``, and how many parameters it trains."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=common.VOCAB,
-        hidden_size=common.WIDTH,
-        intermediate_size=common.MLP,
-        num_hidden_layers=common.LAYERS,
-        num_attention_heads=common.HEADS,
-        num_key_value_heads=common.HEADS,
-        max_position_embeddings=common.LENGTH,
-        tie_word_embeddings=True,
-        use_cache=False,
-    )
-    model = LlamaForCausalLM(config)
+    model = LlamaForCausalLM.from_pretrained(folder)
     if mode == "lora":
         from peft import LoraConfig, get_peft_model
 

@@ -9,42 +9,36 @@ import numpy as np
 
 def main() -> None:
     """Measures what the flags name."""
-    args = common.arguments(cache={"default": None, "help": "folder of a persistent compilation cache"})
-    common.measure("tunejax" if args.cache is None else "tunejax_cached", args, lambda mode: setup(mode, args.cache))
+    args = common.arguments(
+        cache={"default": None, "help": "folder of a persistent compilation cache"},
+        remat={"default": "dots", "help": "as model.remat in a config"},
+    )
+    name = "tunejax" if args.cache is None else "tunejax_cached"
+    common.measure(name, args, lambda: setup(args.mode, args.model, args.remat, args.cache))
 
 
-def setup(mode: str, cache: str | None = None) -> common.Setup:
-    """The training step of ``mode`` on a fresh model, and how many parameters it trains."""
+def setup(mode: str, folder: str, remat: str, cache: str | None = None) -> common.Setup:
+    """The training step of ``mode`` on the model in ``folder``, and how many parameters it trains."""
     import jax
 
     if cache is not None:
         jax.config.update("jax_compilation_cache_dir", cache)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
+    from tunejax.interop import hf
     from tunejax.methods import full, lora
     from tunejax.models import build
-    from tunejax.models.config import ModelConfig
     from tunejax.objectives import causal_lm
     from tunejax.train import optimizer, sharding, state
     from tunejax.train import step as steps
 
-    config = ModelConfig(
-        family="llama",
-        vocab_size=common.VOCAB,
-        embed_dim=common.WIDTH,
-        num_layers=common.LAYERS,
-        num_heads=common.HEADS,
-        num_kv_heads=common.HEADS,
-        head_dim=common.WIDTH // common.HEADS,
-        mlp_dim=common.MLP,
-        max_positions=common.LENGTH,
-        tie_embeddings=True,
-    )
+    config = hf.read_config(folder)
     method = lora.lora(rank=common.RANK, alpha=common.ALPHA) if mode == "lora" else full.full()
     mesh = sharding.make_mesh()
-    model = build.build(config, head="lm", cuts=method.cuts(common.LAYERS), constrain=sharding.constrainer(mesh))
+    cuts, constrain = method.cuts(common.LAYERS), sharding.constrainer(mesh)
+    model = build.build(config, head="lm", cuts=cuts, remat=remat, constrain=constrain)
     adamw = optimizer.make_optimizer("adamw", common.LEARNING_RATE, weight_decay=common.WEIGHT_DECAY)
-    params = jax.jit(model.init)(jax.random.key(0))
+    params, _ = hf.load(folder, config, head="lm", cuts=cuts)
     held, base = state.start(model, method, adamw, params, jax.random.key(0), mesh)
     del params
     trained = state.count(held.train)

@@ -10,16 +10,18 @@ import numpy as np
 
 def main() -> None:
     """Measures what the flags name."""
-    common.measure("tunix", common.arguments(), setup)
+    args = common.arguments()
+    common.measure("tunix", args, lambda: setup(args.mode, args.model))
 
 
-def setup(mode: str) -> common.Setup:
-    """The training step of ``mode`` on a fresh model, and how many parameters it trains."""
+def setup(mode: str, folder: str) -> common.Setup:
+    """The training step of ``mode`` on the model in ``folder``, and how many parameters it trains."""
     import jax
     import optax
     import qwix
     from flax import nnx
     from tunix.models.llama3 import model as llama
+    from tunix.models.llama3 import params
     from tunix.sft import peft_trainer, utils
 
     config = llama.ModelConfig(
@@ -34,11 +36,11 @@ def setup(mode: str) -> common.Setup:
         norm_eps=1e-6,
         weight_tying=True,
     )
-    model = llama.Llama3(config, rngs=nnx.Rngs(0))
+    model = params.create_model_from_safe_tensors(folder, config)
     if mode == "lora":
         names = "|".join(f".*{p}_proj" for p in common.PROJECTIONS)
         provider = qwix.LoraProvider(module_path=names, rank=common.RANK, alpha=common.ALPHA)
-        model = qwix.apply_lora_to_model(model, provider, **model.get_model_input())
+        model = qwix.apply_lora_to_model(model, provider, rngs=nnx.Rngs(0), **model.get_model_input())
     optimizer = optax.adamw(common.LEARNING_RATE, weight_decay=common.WEIGHT_DECAY)
     trainer = peft_trainer.PeftTrainer(model, optimizer, peft_trainer.TrainingConfig(eval_every_n_steps=1000))
 

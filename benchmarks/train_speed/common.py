@@ -26,6 +26,7 @@ def arguments(**more: dict[str, Any]) -> argparse.Namespace:
     """The flags that every contender takes, and its own."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--mode", choices=("lora", "full"), required=True)
+    parser.add_argument("--model", required=True, help="checkpoint folder of make_checkpoint.py")
     parser.add_argument("--steps", type=int, default=10, help="timed steps")
     parser.add_argument("--warmup", type=int, default=3, help="steps before them; the first ends the start-up time")
     for name, options in more.items():
@@ -51,14 +52,14 @@ def peak_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def measure(name: str, args: argparse.Namespace, setup: Callable[[str], Setup]) -> None:
+def measure(name: str, args: argparse.Namespace, setup: Callable[[], Setup]) -> None:
     """Runs a contender and prints one JSON line.
 
     Args:
-      setup: (mode) -> (step, trained); step takes rows int32 [BATCH, LENGTH + 1], updates the weights, waits for
+      setup: () -> (step, trained); step takes rows int32 [BATCH, LENGTH + 1], updates the weights, waits for
         the result and returns the loss; trained is the number of parameters that train.
     """
-    step, trained = setup(args.mode)
+    step, trained = setup()
     losses, first = [step(tokens(0))], process_age()
     for i in range(1, args.warmup):
         losses.append(step(tokens(i)))

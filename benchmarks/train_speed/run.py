@@ -35,9 +35,11 @@ def main() -> None:
     args = parser.parse_args()
     args.out.parent.mkdir(parents=True, exist_ok=True)
     results: list[dict] = []
+    folder = str(args.out.parent / "train_speed_model")
+    subprocess.run([args.torch_python, str(HERE / "make_checkpoint.py"), folder], check=True)
     for mode in args.modes:
         for turn in range(args.rounds):
-            every = contenders(args)
+            every = contenders(args, folder)
             for name in [*list(every)[turn % len(every) :], *list(every)[: turn % len(every)]]:
                 results.append(one(every[name], mode, turn, args.steps))
                 shown = {k: results[-1][k] for k in ("name", "mode", *FIGURES)}
@@ -47,8 +49,8 @@ def main() -> None:
         print(table(results, mode))
 
 
-def contenders(args: argparse.Namespace) -> dict[str, list[str]]:
-    """Command line of each contender by name."""
+def contenders(args: argparse.Namespace, folder: str) -> dict[str, list[str]]:
+    """Command line of each contender by name; ``folder`` holds the model."""
     out = {
         "tunejax": [args.python, str(HERE / "bench_tunejax.py")],
         REFERENCE: [args.torch_python, str(HERE / "bench_torch.py")],
@@ -57,7 +59,7 @@ def contenders(args: argparse.Namespace) -> dict[str, list[str]]:
         out["torch_compiled"] = [args.torch_python, str(HERE / "bench_torch.py"), "--compile"]
     if args.tunix_python:
         out["tunix"] = [args.tunix_python, str(HERE / "bench_tunix.py")]
-    return out
+    return {name: [*command, "--model", folder] for name, command in out.items()}
 
 
 def one(command: list[str], mode: str, turn: int, steps: int) -> dict:
