@@ -11,7 +11,7 @@ def main() -> None:
     """Measures what the flags name."""
     args = common.arguments(
         cache={"default": None, "help": "folder of a persistent compilation cache"},
-        remat={"default": "dots", "help": "as model.remat in a config"},
+        remat={"default": "projections", "help": "as model.remat in a config"},
     )
     name = "tunejax" if args.cache is None else "tunejax_cached"
     common.measure(name, args, lambda: setup(args.mode, args.model, args.remat, args.cache))

@@ -26,7 +26,7 @@ class ModelSection(Section):
     num_labels: int | None = Field(None, ge=2, description="of a classification head; by default read off the data")
     dtype: Dtype = Field("float32", description="of the computation; trained values stay float32")
     param_dtype: Dtype = Field("float32", description="of the frozen base")
-    remat: str = Field("none", description="what the backward pass computes again: none, dots, full")
+    remat: str = Field("projections", description="what the backward pass keeps: none (all), dots, projections, full")
     dropout: float | None = Field(None, ge=0, lt=1, description="instead of the checkpoint's own")
 
 

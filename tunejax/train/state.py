@@ -57,20 +57,21 @@ def start(
       mesh, rules: where things go.
     """
     params = sharding.shard_params(mesh, rules, model.axes, params)
-    init_key = jax.random.fold_in(key, 0)
-    shapes = jax.eval_shape(method.init, init_key, params)
+
+    # One program: each costs a compilation, and the first step waits for all of them. Nothing here is a device_put
+    # of a key, which is refused where the mesh spans processes.
+    def begin(key: jax.Array, params: Params) -> Any:
+        begun = method.init(jax.random.fold_in(key, 0), params)
+        counters = jnp.zeros((), jnp.int32), jnp.zeros((2,), jnp.int32), jax.random.fold_in(key, 1)
+        return begun, optimizer.init(begun.train), counters
+
+    shapes, opt_shapes, _ = jax.eval_shape(begin, key, params)
     places = start_shardings(model, method, shapes, params, mesh, rules)
-    begun = jax.jit(method.init, out_shardings=places)(init_key, params)
+    opt_places = sharding.like_train(mesh, opt_shapes, shapes.train, places.train)
+    begun, opt_state, (step, nonfinite, run_key) = jax.jit(
+        begin, out_shardings=(places, opt_places, sharding.replicated(mesh))
+    )(key, params)
     base = method_lib.apply_edits(params, begun.edits)
-    opt_shapes = jax.eval_shape(optimizer.init, begun.train)
-    opt_places = sharding.like_train(mesh, opt_shapes, begun.train, places.train)
-    opt_state = jax.jit(optimizer.init, out_shardings=opt_places)(begun.train)
-
-    def counters(key: jax.Array) -> Any:
-        return jnp.zeros((), jnp.int32), jnp.zeros((2,), jnp.int32), jax.random.fold_in(key, 1)
-
-    # Not device_put: it refuses typed keys where the mesh spans processes.
-    step, nonfinite, run_key = jax.jit(counters, out_shardings=sharding.replicated(mesh))(key)
     return TrainState(step, begun.train, begun.state, opt_state, run_key, nonfinite), base
 
 
