@@ -51,13 +51,18 @@ def parser() -> argparse.ArgumentParser:
         "--rows", type=int, default=5, help="how many rows to show (default 5)"
     )
     evaluate = verb("evaluate", "loss, perplexity and accuracy of a run, or of a config's base model")
-    evaluate.add_argument("run", help="run folder, or a config (its base model, untuned)")
+    evaluate.add_argument("run", help="run folder, HF PEFT adapter, or a config (its base model, untuned)")
     evaluate.add_argument("overrides", nargs="*", metavar="key=value", help="override a key of its config")
     evaluate.add_argument("--output", help="also write the numbers to this JSON file")
     _generate(verb("generate", "stream text from a model folder, a hub id or a run folder"))
     export = verb("export", "write the tuned model as one that transformers loads")
-    export.add_argument("run", help="run folder")
-    export.add_argument("--format", default="hf", choices=["hf"], help="hf: merged weights in Hugging Face layout")
+    export.add_argument("run", help="run folder, or an adapter folder of HF PEFT")
+    export.add_argument(
+        "--format",
+        default="hf",
+        choices=["hf", "peft"],
+        help="hf: merged weights; peft: the adapter alone",
+    )
     export.add_argument("--output", required=True, help="folder to write; must not exist or be empty")
     export.add_argument(
         "--dtype", choices=["float32", "bfloat16", "float16"], help="of the weights (default: as loaded)"
@@ -67,7 +72,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _generate(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("model", help="model folder, hub id, 'embedded', or run folder")
+    sub.add_argument("model", help="model folder, hub id, 'embedded', run folder, or HF PEFT adapter")
     sub.add_argument("--prompt", action="append", default=[], help="repeat for several; without any, read from stdin")
     form = sub.add_mutually_exclusive_group()
     form.add_argument("--raw", action="store_true", help="the prompt as it is, whatever the run was trained on")

@@ -175,15 +175,37 @@ def test_greedy_text_equals_transformers(stories, theirs, side):
 
     model, params, tokenizer, _ = stories
     prompts = [tokenizer(t).input_ids for t in TEXTS]
-    ours = np.asarray(decode.generate(model, params, *padded(prompts, side), max_new_tokens=32, stop_tokens=(1, 2)))
+    ours = np.asarray(decode.generate(model, params, *padded(prompts, side), max_new_tokens=200, stop_tokens=(1, 2)))
     for row, prompt in zip(ours.tolist(), prompts, strict=True):
         with torch.no_grad():
-            full = theirs.generate(torch.tensor([prompt]), max_new_tokens=32, do_sample=False)[0]
+            full = theirs.generate(torch.tensor([prompt]), max_new_tokens=200, do_sample=False)[0]
         expected = full[len(prompt) :].tolist()
-        assert row == expected + [0] * (32 - len(expected))
+        assert row == expected + [0] * (200 - len(expected))
 
 
-def test_reference_text_of_stories260k(stories):
+def test_reference_text_of_stories260k(stories, theirs):
+    import torch
+
     model, params, tokenizer, _ = stories
-    out = np.asarray(decode.generate(model, params, [[1]], max_new_tokens=80))[0]
+    out = np.asarray(decode.generate(model, params, [[1]], max_new_tokens=200))[0]
+    with torch.no_grad():
+        full = theirs.generate(torch.tensor([[1]]), min_new_tokens=200, max_new_tokens=200, do_sample=False)[0]
+    assert out.tolist() == full[1:].tolist()
     assert tokenizer.decode(out).startswith(REFERENCE)
+
+
+def test_reference_loss_of_stories260k(stories, assets):
+    """1.288 nats a token over the text of the first 80 stories, each after its begin token and cut to the context."""
+    from tunejax.objectives import causal_lm
+
+    model, params, tokenizer, _ = stories
+    text = (assets / "data/tinystories_sample/valid.txt").read_text(encoding="utf-8")
+    stories_ = [s.strip() for s in text.split("<|endoftext|>") if s.strip()][:80]
+    rows = [tokenizer(s, truncation=True, max_length=512).input_ids for s in stories_]
+    tokens, mask = padded([row[:-1] for row in rows], "right")
+    targets, _ = padded([row[1:] for row in rows], "right")
+    batch = {**full_batch(jnp.asarray(tokens), jnp.asarray(mask)), "targets": jnp.asarray(targets)}
+    batch["loss_weights"] = jnp.asarray(mask, jnp.float32)
+    loss, weight, _ = causal_lm.make().loss(model, params, {}, batch, Context())
+    assert len(rows) == 80
+    assert float(loss / weight) == pytest.approx(1.288, abs=5e-4)

@@ -58,15 +58,28 @@ def build(specs: Mapping[str, Any] | str | Sequence[Mapping[str, Any] | str]) ->
 
 
 def _one(spec: Mapping[str, Any] | str) -> Method:
+    name, factory, given, _ = _called(spec)
+    made = factory(**given)
+    if not isinstance(made, Method):
+        raise errors.ConfigError(f"method {name!r}: the function returned {type(made).__name__}, not a Method")
+    return made
+
+
+def resolved(spec: Mapping[str, Any] | str) -> tuple[str, dict[str, Any], ModuleType]:
+    """(name, every argument with the defaults filled in, module) of one method's description. Raises as `build`."""
+    name, factory, given, module = _called(spec)
+    defaults = {k: p.default for k, p in inspect.signature(factory).parameters.items() if p.default is not p.empty}
+    return name, {**defaults, **given}, module
+
+
+def _called(spec: Mapping[str, Any] | str) -> tuple[str, Callable[..., Method], dict[str, Any], ModuleType]:
+    """(name, factory, checked arguments, module)."""
     spec = {"name": spec} if isinstance(spec, str) else dict(spec)
     name = spec.pop("name", None)
     if not isinstance(name, str):
         raise errors.ConfigError(f"method: expected a mapping with a name, such as {{name: lora}}, found {spec}")
     factory, module = find(name)
-    made = factory(**arguments(name, factory, _renamed(name, spec, getattr(module, "ALIASES", {}))))
-    if not isinstance(made, Method):
-        raise errors.ConfigError(f"method {name!r}: the function returned {type(made).__name__}, not a Method")
-    return made
+    return name, factory, arguments(name, factory, _renamed(name, spec, getattr(module, "ALIASES", {}))), module
 
 
 def find(name: str) -> tuple[Callable[..., Method], ModuleType]:

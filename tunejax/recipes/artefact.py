@@ -1,4 +1,4 @@
-"""A finished run, or a plain model, opened for use."""
+"""A finished run, an adapter of HF PEFT, or a plain model, opened for use."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -8,6 +8,7 @@ import jax
 from tunejax.config import load, locate, schema
 from tunejax.core import method as method_lib
 from tunejax.core import paths
+from tunejax.interop import hf, peft, peft_read
 from tunejax.recipes import adapter, assemble, folder
 
 
@@ -29,13 +30,15 @@ def open_run(text: str, changes: list[str] | None = None) -> Tuned:
     """The tuned model of a run folder.
 
     Args:
-      text: path of the run folder.
+      text: path of the run folder, or of an adapter that HF PEFT wrote (it names its base, and has no digest of it).
       changes: overrides of its config; another model.path is another base, and refused unless its digest agrees.
 
     Raises:
       ConfigError: no run folder.
       CheckpointError: no adapter, a damaged one, or one of another base.
     """
+    if peft_read.is_adapter(text):
+        return _open_peft(Path(text), changes or [])
     path = folder.find(text)
     raw = load.override(load.read_file(path / "config.yaml"), changes or [])
     found = adapter.read(path / "adapter")
@@ -49,6 +52,26 @@ def open_run(text: str, changes: list[str] | None = None) -> Tuned:
     start = jax.eval_shape(parts.method.init, jax.random.key(0), params)
     train, state = (adapter.restore(found, k, getattr(start, k)) for k in ("train", "state"))
     return Tuned(parts, _edited(parts, params), train, state)
+
+
+def _open_peft(path: Path, changes: list[str]) -> Tuned:
+    """An adapter of HF PEFT on the base that it names."""
+    settings = peft_read.settings(path)
+    head = {v: k for k, v in peft.TASKS.items()}.get(settings.get("task_type") or "", "lm")
+    named = {"path": settings.get("base_model_name_or_path") or "", "head": head}
+    objective = {"name": "classification" if head == "classification" else "causal_lm"}
+    data = {"path": "unused", "max_length": 2}
+    begun = {"output_dir": "unused", "model": named, "data": data, "objective": objective, "method": "none"}
+    raw = load.override(begun, changes)
+    shape = hf.read_config(hf.resolve(locate.model(raw["model"]["path"])))
+    found = peft_read.read(path, shape, head=head)
+    config = load.check({**raw, "method": found.specs}, str(path / peft.CONFIG))
+    parts = assemble.parts(config, assemble.opened(config), num_labels=shape.num_labels)
+    loaded = assemble.load(parts)
+    start = jax.eval_shape(parts.method.init, jax.random.key(0), loaded.params)
+    train = peft_read.trained(found, parts.method, start.train, parts.method.cuts(shape.num_layers))
+    state = jax.jit(lambda p: parts.method.init(jax.random.key(config.seed), p).state)(loaded.params)
+    return Tuned(parts, _edited(parts, loaded.params), train, state)
 
 
 def open_base(config: schema.Config, num_labels: int | None = None) -> Tuned:
@@ -77,8 +100,8 @@ def _as_it_is(params: paths.Params, train: Any, state: Any, ctx: method_lib.Cont
 
 
 def is_run(text: str) -> bool:
-    """Whether ``text`` names a run folder."""
-    return (Path(text) / "config.yaml").is_file()
+    """Whether ``text`` names a run folder, or an adapter of HF PEFT."""
+    return (Path(text) / "config.yaml").is_file() or peft_read.is_adapter(text)
 
 
 def tokenizer_folder(parts: assemble.Parts) -> Path:

@@ -1,33 +1,47 @@
-"""`tunejax export RUN --output FOLDER`: the tuned model as a checkpoint that transformers loads."""
+"""`tunejax export RUN --output FOLDER`: the tuned model for transformers, or its adapter for HF PEFT."""
 
 import argparse
 from pathlib import Path
 
+from tunejax.config import locate
 from tunejax.core import errors
-from tunejax.interop import hf
+from tunejax.interop import hf, peft
 from tunejax.recipes import artefact, runtime
 
 
 def main(args: argparse.Namespace) -> None:
-    """Merges what the run trained into its base and writes both as one.
+    """Writes what the run trained: merged into its base as one checkpoint, or alone as an adapter.
 
     Raises:
       NotLinear: an operator has no plain kernel.
-      ConfigError: the output folder holds something.
+      ConfigError: the output folder holds something, or PEFT has no form for the method.
     """
     output = Path(args.output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise errors.ConfigError(f"--output {output} exists and is not an empty folder; name a new one")
     runtime.begin()
     tuned = artefact.open_run(args.run)
-    merged = tuned.parts.method.merge(tuned.base, tuned.train, tuned.state)
-    head = tuned.parts.config.model.head or "lm"
+    (_peft if args.format == "peft" else _merged)(output, tuned, args)
+    print(f"{output}: {tuned.parts.name} tuned by {tuned.parts.method.name}")
+
+
+def _merged(output: Path, tuned: artefact.Tuned, args: argparse.Namespace) -> None:
     hf.save(
         output,
-        merged,
+        tuned.parts.method.merge(tuned.base, tuned.train, tuned.state),
         tuned.parts.model_config,
-        head=head,
+        head=tuned.parts.config.model.head or "lm",
         dtype=args.dtype,
         tokenizer_from=artefact.tokenizer_folder(tuned.parts),
     )
-    print(f"{output}: {tuned.parts.name} tuned by {tuned.parts.method.name}, with head {head!r}")
+
+
+def _peft(output: Path, tuned: artefact.Tuned, args: argparse.Namespace) -> None:
+    if args.dtype:
+        raise errors.ConfigError("--dtype is of merged weights; an adapter for PEFT is float32")
+    parts = tuned.parts
+    specs = parts.config.method if isinstance(parts.config.method, list) else [parts.config.method]
+    where = locate.model(parts.config.model.path)
+    base = str(parts.folder.resolve()) if Path(where).is_dir() else where
+    written = peft.Tuned(specs, parts.method, tuned.base, tuned.train, tuned.state)
+    peft.write(output, written, parts.model_config, head=parts.config.model.head or "lm", base_name=base)

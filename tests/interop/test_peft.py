@@ -1,0 +1,223 @@
+"""Adapter folders of HF PEFT, both ways: what one library wrote the other reads, with the same logits."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors import numpy as safetensors
+
+from tunejax.core import errors
+from tunejax.core.method import Context, apply_edits
+from tunejax.core.model import full_batch
+from tunejax.interop import hf, peft_read
+from tunejax.interop import peft as ours
+from tunejax.methods import registry
+from tunejax.models import build
+
+peft = pytest.importorskip("peft")
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+TOKENS = np.random.default_rng(0).integers(0, 40, (2, 9)).astype(np.int32)
+LAYERS = 3
+
+
+def llama():
+    return transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=LAYERS, num_attention_heads=4,
+            num_key_value_heads=2, max_position_embeddings=32, initializer_range=0.3,
+        )
+    )  # fmt: skip
+
+
+def gpt2():
+    return transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(
+            vocab_size=40, n_embd=16, n_layer=LAYERS, n_head=4, n_positions=32, initializer_range=0.3
+        )
+    )
+
+
+def bert():
+    return transformers.BertForSequenceClassification(
+        transformers.BertConfig(
+            vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=LAYERS, num_attention_heads=4,
+            max_position_embeddings=32, initializer_range=0.3, num_labels=3,
+        )
+    )  # fmt: skip
+
+
+MODELS = {"llama": (llama, "lm"), "gpt2": (gpt2, "lm"), "bert": (bert, "classification")}
+
+
+@pytest.fixture(params=MODELS, scope="module")
+def base(request, tmp_path_factory):
+    """(folder of a random model, its head)."""
+    torch.manual_seed(0)
+    make, head = MODELS[request.param]
+    folder = tmp_path_factory.mktemp(request.param)
+    make().save_pretrained(folder)
+    return folder, head
+
+
+def their_model(folder, head):
+    auto = {"lm": transformers.AutoModelForCausalLM, "classification": transformers.AutoModelForSequenceClassification}
+    return auto[head].from_pretrained(folder).eval()
+
+
+def their_logits(model):
+    with torch.no_grad():
+        return model(torch.tensor(TOKENS, dtype=torch.long)).logits.numpy()
+
+
+def our_logits(config, head, cuts, params):
+    model = build.build(config, head=head, cuts=cuts)
+    logits = model.logits(model.head(params), model.hidden(params, full_batch(jnp.asarray(TOKENS)))[0])
+    return np.asarray(logits[:, 0] if head == "classification" else logits)
+
+
+def randomised(model):
+    """The PEFT model with every trained weight random, its head's too."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.copy_(torch.randn_like(p) * 0.1)
+    return model.eval()
+
+
+def read(folder, base_folder, head):
+    """(logits of the adapter read here, what `peft_read` found)."""
+    config = hf.read_config(base_folder)
+    found = peft_read.read(folder, config, head=head)
+    method = registry.build(found.specs)
+    cuts = method.cuts(config.num_layers)
+    params, _ = hf.load(base_folder, config, head=head, cuts=cuts)
+    start = method.init(jax.random.key(0), params)
+    train = peft_read.trained(found, method, start.train, cuts)
+    assert jax.tree.map(jnp.shape, train) == jax.tree.map(jnp.shape, start.train)
+    params = apply_edits(params, start.edits)
+    return our_logits(config, head, cuts, method.bind(params, train, start.state, Context())), found
+
+
+TARGETS = {
+    "llama": ["q_proj", "v_proj", "down_proj"],
+    "gpt2": ["c_attn", "c_fc", "mlp.c_proj"],
+    "bert": ["query", "output.dense"],
+}
+THEIRS = {
+    "plain": {"r": 3, "lora_alpha": 5},
+    "rslora": {"r": 2, "lora_alpha": 5, "use_rslora": True},
+    "patterns": {"r": 2, "lora_alpha": 4, "rank_pattern": {"P": 5}, "alpha_pattern": {"P": 7}},
+    "some layers": {"r": 2, "lora_alpha": 4, "layers_to_transform": [1, 2]},
+    "one layer and another": {"r": 2, "lora_alpha": 4, "layers_to_transform": [0, 2]},
+}
+
+
+@pytest.mark.parametrize("kind", THEIRS)
+def test_theirs_is_read(base, kind, tmp_path):
+    folder, head = base
+    family = hf.read_config(folder).family
+    options = {k: ({TARGETS[family][0]: v["P"]} if isinstance(v, dict) else v) for k, v in THEIRS[kind].items()}
+    task = "SEQ_CLS" if head == "classification" else "CAUSAL_LM"
+    fused = family == "gpt2"
+    config = peft.LoraConfig(target_modules=TARGETS[family], task_type=task, fan_in_fan_out=fused, **options)
+    theirs = randomised(peft.get_peft_model(their_model(folder, head), config))
+    theirs.save_pretrained(tmp_path)
+    found, _ = read(tmp_path, folder, head)
+    np.testing.assert_allclose(found, their_logits(theirs), atol=1e-5, rtol=1e-5)
+
+
+OURS = {
+    "lora": [{"name": "lora", "rank": 3, "alpha": 6}],
+    "rslora": [{"name": "lora", "rank": 2, "rslora": True, "targets": "attention/{q,v}/kernel"}],
+    "two ranks": [{"name": "lora", "rank": 2, "targets": "attention/q/kernel"},
+                  {"name": "lora", "rank": 4, "alpha": 3, "targets": "mlp/down/kernel"}],
+    "last layers": [{"name": "lora", "rank": 2, "layers": "-2:"}],
+    "norms too": [{"name": "lora", "rank": 2}, {"name": "full", "targets": "norm/*"}],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", OURS)
+def test_ours_is_written_and_read_back(base, kind, tmp_path):
+    folder, head = base
+    config = hf.read_config(folder)
+    method = registry.build(OURS[kind])
+    cuts = method.cuts(config.num_layers)
+    params, _ = hf.load(folder, config, head=head, cuts=cuts)
+    start = method.init(jax.random.key(0), params)
+    rng = np.random.default_rng(2)
+    train = jax.tree.map(lambda x: jnp.asarray(0.1 * rng.standard_normal(x.shape), jnp.float32), start.train)
+    params = apply_edits(params, start.edits)
+    mine = our_logits(config, head, cuts, method.bind(params, train, start.state, Context()))
+    tuned = ours.Tuned(OURS[kind], method, params, train, start.state)
+    ours.write(tmp_path, tuned, config, head=head, base_name=str(folder))
+    theirs = peft.PeftModel.from_pretrained(their_model(folder, head), tmp_path).eval()
+    np.testing.assert_allclose(their_logits(theirs), mine, atol=1e-5, rtol=1e-5)
+    again, found = read(tmp_path, folder, head)
+    np.testing.assert_allclose(again, mine, atol=1e-5, rtol=1e-5)
+    assert found.base == str(folder)
+
+
+@pytest.fixture
+def written(base, tmp_path):
+    """(adapter that PEFT wrote, base folder, head)."""
+    folder, head = base
+    task = "SEQ_CLS" if head == "classification" else "CAUSAL_LM"
+    family = hf.read_config(folder).family
+    config = peft.LoraConfig(r=2, target_modules=TARGETS[family], task_type=task, fan_in_fan_out=family == "gpt2")
+    peft.get_peft_model(their_model(folder, head), config).save_pretrained(tmp_path)
+    return tmp_path, folder, head
+
+
+def changed(folder, **entries):
+    file = folder / ours.CONFIG
+    file.write_text(json.dumps({**json.loads(file.read_text()), **entries}))
+
+
+@pytest.mark.parametrize(
+    ("entries", "said"),
+    [({"peft_type": "LORE"}, "LORA"), ({"use_bdlora": True}, "use_bdlora"), ({"bias": "all"}, "bias")],
+)
+def test_an_adapter_that_would_be_misread_is_refused(written, entries, said):
+    adapter, folder, head = written
+    changed(adapter, **entries)
+    with pytest.raises(errors.CheckpointError, match=said):
+        read(adapter, folder, head)
+
+
+def test_a_tensor_without_a_place_is_named(written):
+    adapter, folder, head = written
+    tensors = safetensors.load_file(adapter / ours.WEIGHTS)
+    name = next(k for k in tensors if "lora_A" in k)
+    tensors["base_model.model.elsewhere.lora_A.weight"] = tensors.pop(name)
+    safetensors.save_file(tensors, adapter / ours.WEIGHTS)
+    with pytest.raises(errors.CheckpointError, match="elsewhere"):
+        read(adapter, folder, head)
+
+
+def test_a_missing_tensor_is_named(written):
+    adapter, folder, head = written
+    tensors = safetensors.load_file(adapter / ours.WEIGHTS)
+    name = next(k for k in tensors if "lora_B" in k)
+    del tensors[name]
+    safetensors.save_file(tensors, adapter / ours.WEIGHTS)
+    with pytest.raises(errors.CheckpointError, match="lora_B"):
+        read(adapter, folder, head)
+
+
+def test_what_has_no_form_in_peft_is_refused(base, tmp_path):
+    folder, head = base
+    config = hf.read_config(folder)
+    params, _ = hf.load(folder, config, head=head)
+    spec = [{"name": "full"}]
+    method = registry.build(spec)
+    start = method.init(jax.random.key(0), params)
+    with pytest.raises(errors.ConfigError, match="--format hf"):
+        ours.write(
+            tmp_path / "out", ours.Tuned(spec, method, params, start.train, {}), config, head=head, base_name="x"
+        )
+    assert not (tmp_path / "out").exists()

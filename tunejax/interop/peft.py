@@ -1,0 +1,196 @@
+"""Adapter folders of HF PEFT, written: adapter_config.json and adapter_model.safetensors.
+
+Keys are "base_model.model.<module>.<tensor>", in torch's layout, without the adapter's name. What a method's arrays are
+called there its module says in ``PEFT`` (`core.portable.Form`), so a method of a user's own file is written too.
+What trains whole (`full`, `last_k`, `bitfit`) goes as PEFT's ``modules_to_save``: the whole of each module it touches.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from tunejax.core import errors, operators, paths, portable
+from tunejax.core.method import Method
+from tunejax.core.paths import Params
+from tunejax.interop import modules
+from tunejax.interop.modules import Place, Site
+from tunejax.methods import registry
+from tunejax.models.config import ModelConfig
+
+CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
+TASKS = {"lm": "CAUSAL_LM", "classification": "SEQ_CLS"}
+HEADS = {"classification": ("/classifier/*", "/head/kernel")}
+"""What PEFT saves with every adapter for that task, trained or not."""
+PATTERNS = {"rank": "rank_pattern", "alpha": "alpha_pattern"}
+"""Arguments that may differ from module to module, and where PEFT keeps the exceptions."""
+
+
+class Tuned(NamedTuple):
+    """What is written. specs: of the methods, as in a config; the rest as of `recipes.artefact.Tuned`."""
+
+    specs: Sequence[Mapping[str, Any]]
+    method: Method
+    base: Params
+    train: Any
+    state: Any
+
+
+def write(folder: Path, tuned: Tuned, config: ModelConfig, *, head: str, base_name: str) -> None:
+    """Writes an adapter that `peft.PeftModel.from_pretrained` loads onto the same base.
+
+    Raises:
+      ConfigError: PEFT has no such method, or no place for this combination of them.
+    """
+    from safetensors import numpy as safetensors
+
+    places = modules.places(config, head)
+    adapters, whole = _parts(tuned)
+    tensors, settings = _adapter(adapters, places, tuned.base)
+    saved, kept = _modules(whole, places, tuned.base, head)
+    both = [m for m in kept if any(k.startswith(f"{PREFIX}{m}.") for k in tensors)]
+    if both:
+        raise errors.ConfigError(
+            f"{both[0]} trains whole and is adapted too; PEFT can do one. Export --format hf merges"
+        )
+    settings |= {
+        "base_model_name_or_path": base_name,
+        "bias": "none",
+        "inference_mode": True,
+        "modules_to_save": kept or None,
+        "task_type": TASKS.get(head),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    safetensors.save_file({k: np.ascontiguousarray(x) for k, x in (tensors | saved).items()}, folder / WEIGHTS)
+    (folder / CONFIG).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+class _Part(NamedTuple):
+    """A method of the chain with a form in PEFT."""
+
+    name: str
+    form: portable.Form
+    arguments: dict[str, Any]
+    aliases: Mapping[str, str]
+    sites: Mapping[str, Mapping[str, Any]]
+
+
+def _parts(tuned: Tuned) -> tuple[list[_Part], dict[str, Any]]:
+    """The adapters of the chain, and the values by path that train whole."""
+    methods = tuned.method.parts or (tuned.method,)
+    adapters: list[_Part] = []
+    whole: dict[str, Any] = {}
+    counts = [len(registry.build(spec).parts) for spec in tuned.specs]
+    presets = [spec for spec, count in zip(tuned.specs, counts, strict=True) if count]
+    if presets:
+        raise errors.ConfigError(f"PEFT has no method {registry.resolved(presets[0])[0]!r}, a chain of several")
+    for i, (spec, m) in enumerate(zip(tuned.specs, methods, strict=True)):
+        key = f"{i}:{m.name}"
+        train, state = (t[key] if tuned.method.parts else t for t in (tuned.train, tuned.state))
+        name, arguments, module = registry.resolved(spec)
+        form = getattr(module, "PEFT", None)
+        if form is not None:
+            sites = {p: {**state.get(p, {}), **arrays} for p, arrays in train.items()}
+            adapters.append(_Part(name, form, arguments, getattr(module, "ALIASES", {}), sites))
+        elif isinstance(train, Mapping) and all(operators.is_array(x) for x in train.values()) and not state:
+            whole.update(train)
+        else:
+            raise errors.ConfigError(f"PEFT has no method {name!r}. Export with --format hf where it merges")
+    if not adapters:
+        raise errors.ConfigError(f"{tuned.method.name} has no adapter that PEFT knows; export with --format hf")
+    return adapters, whole
+
+
+def _adapter(
+    parts: list[_Part], places: Mapping[Site, Place], base: Params
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """(tensors by key, settings) of adapters of one kind; their ranks and alphas may differ."""
+    first = parts[0]
+    fixed = {k: v for k, v in first.arguments.items() if k not in (*PATTERNS, "targets", "layers")}
+    tensors: dict[str, np.ndarray] = {}
+    patterns: dict[str, dict[str, Any]] = {}
+    targeted, plain = [], set()
+    for part in parts:
+        if part.form is not first.form or any(part.arguments[k] != v for k, v in fixed.items()):
+            raise errors.ConfigError(
+                f"PEFT keeps one kind of adapter in a folder; here are {first.name} and {part.name}"
+            )
+        for module, group in _grouped(part, places, base).items():
+            arrays, changed = _fused(part, group, module)
+            tensors.update({f"{PREFIX}{module}.{k}": x for k, x in part.form.write(arrays).items()})
+            targeted.append(module)
+            plain.add(not group[0].place.transpose)
+            for name, key in PATTERNS.items():
+                value = {**part.arguments, **changed}.get(name)
+                if value != first.arguments.get(name):
+                    patterns.setdefault(key, {})[module] = value
+    theirs = {ours: theirs for theirs, ours in first.aliases.items()}
+    settings = {theirs.get(k, k): v for k, v in first.arguments.items() if k not in ("targets", "layers")}
+    settings |= {"peft_type": first.form.peft_type, "target_modules": targeted, **first.form.flags, **patterns}
+    return tensors, settings | ({"fan_in_fan_out": True} if plain == {True} else {})
+
+
+class _Layer(NamedTuple):
+    """One layer of a site: its arrays there, and the width of its kernel."""
+
+    place: Place
+    arrays: dict[str, np.ndarray]
+    width: int
+
+
+def _grouped(part: _Part, places: Mapping[Site, Place], base: Params) -> dict[str, list[_Layer]]:
+    """The layers of a method's sites by module; several where a checkpoint fuses their kernels."""
+    starts = {s.name: s.start for s in paths.segments(base)}
+    out: dict[str, list[_Layer]] = {}
+    for path, arrays in part.sites.items():
+        ours, first = modules.canonical(path, starts)
+        host = {k: np.asarray(x, np.float32) for k, x in arrays.items()}
+        shape = paths.get(base, path).shape
+        for row in range(shape[0] if first >= 0 else 1):
+            place = places[Site(ours, first + row if first >= 0 else modules.OUTSIDE)]
+            one = {k: x[row] for k, x in host.items()} if first >= 0 else host
+            out.setdefault(place.module, []).append(_Layer(place, one, shape[-1]))
+    return out
+
+
+def _fused(part: _Part, group: list[_Layer], module: str) -> tuple[portable.Arrays, dict[str, Any]]:
+    """(arrays, changed arguments) of one module from those of its parts."""
+    of = group[0].place.part[1]
+    if of == 1:
+        return group[0].arrays, {}
+    if part.form.fuse is None:
+        raise errors.ConfigError(
+            f"{module} keeps {of} kernels as one, and PEFT's {part.name} has no form for a part of it"
+        )
+    by_part: list[Any] = [None] * of
+    for layer in group:
+        by_part[layer.place.part[0]] = layer.arrays
+    return part.form.fuse(by_part, [group[0].width] * of, part.arguments)
+
+
+def _modules(
+    whole: Mapping[str, Any], places: Mapping[Site, Place], base: Params, head: str
+) -> tuple[dict[str, np.ndarray], list[str]]:
+    """(tensors by key, names) of the modules of which something trains whole, and of the task's head."""
+    starts = {s.name: s.start for s in paths.segments(base)}
+    flat = {**paths.flatten(base), **whole}
+    flat = {p: x for p, x in flat.items() if operators.is_array(x)}
+    touched = set(whole) | {p for p in flat if any(paths.matches(g, p) for g in HEADS.get(head, ()))}
+    values: dict[str, np.ndarray] = {}
+    wanted: list[str] = []
+    for path, leaf in flat.items():
+        ours, first = modules.canonical(path, starts)
+        for row in range(leaf.shape[0] if first >= 0 else 1):
+            place = places.get(Site(ours, first + row if first >= 0 else modules.OUTSIDE))
+            if place is None or place.part[1] > 1:
+                if path in whole:
+                    raise errors.ConfigError(f"{path} trains whole, and PEFT can save whole modules only")
+                continue
+            array = np.asarray(leaf[row] if first >= 0 else leaf)
+            values[f"{place.module}.{place.name}"] = array.T if place.transpose else array
+            if path in touched and place.module not in wanted:
+                wanted.append(place.module)
+    kept = {k: x for k, x in values.items() if k.rpartition(".")[0] in wanted}
+    return {PREFIX + k: x for k, x in kept.items()}, wanted
