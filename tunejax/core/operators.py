@@ -81,18 +81,32 @@ def dense(kernel: Any) -> jax.Array:
     return kernel.dense() if is_operator(kernel) else kernel
 
 
+def dense_bias(kernel: Any, bias: jax.Array) -> jax.Array:
+    """The bias [..., out] beside `dense`: ``op(x, bias) == x @ op.dense() + dense_bias(op, bias)``.
+
+    An operator that changes the bias has a method of this name; for any other, that of its ``base`` holds.
+    """
+    if not is_operator(kernel):
+        return bias
+    own = getattr(kernel, "dense_bias", None)
+    return dense_bias(getattr(kernel, "base", None), bias) if own is None else own(bias)
+
+
 def densify(params: paths.Params) -> paths.Params:
-    """``params`` with every operator replaced by its plain kernel.
+    """``params`` with every operator replaced by its plain kernel, and the bias beside it by `dense_bias`.
 
     Raises:
       NotLinear: some operator has none; the message names every such path.
     """
     flat, stuck = paths.flatten(params), []
     for path, leaf in flat.items():
+        beside = path.removesuffix("kernel") + "bias"
         try:
             flat[path] = dense(leaf)
         except errors.NotLinear as e:
             stuck.append(f"{path}: {e}")
+        if is_operator(leaf) and flat.get(beside) is not None:
+            flat[beside] = dense_bias(leaf, flat[beside])
     if stuck:
         raise errors.NotLinear("these parameters have no plain kernel to merge into:\n  " + "\n  ".join(stuck))
     return paths.unflatten(flat)

@@ -20,6 +20,7 @@ NAMES: dict[str, str] = {
     "last_k": "tunejax.methods.full:last_k",
     "bitfit": "tunejax.methods.bitfit:bitfit",
     "lora": "tunejax.methods.lora:lora",
+    "ia3": "tunejax.methods.ia3:ia3",
 }
 """Name in a config -> where its factory lies."""
 
@@ -34,6 +35,9 @@ MODULES: dict[str, list[str]] = {
     "query": ["attention/q/kernel"],
     "key": ["attention/k/kernel"],
     "value": ["attention/v/kernel"],
+    "output.dense": ["attention/o/kernel", "mlp/down/kernel"],
+    "attention.output.dense": ["attention/o/kernel"],
+    "intermediate.dense": ["mlp/up/kernel"],
     "c_attn": ["attention/{q,k,v}/kernel"],
     "c_proj": ["attention/o/kernel", "mlp/down/kernel"],
     "c_fc": ["mlp/up/kernel"],
@@ -128,7 +132,7 @@ def _renamed(name: str, given: Mapping[str, Any], aliases: Mapping[str, str]) ->
         ours = aliases.get(key, key)
         if ours in out:
             raise errors.ConfigError(f"method {name!r}: {key!r} is another word for {ours!r}; give one of them")
-        out[ours] = _globs(value) if key == "target_modules" else value
+        out[ours] = _globs(value) if key in ("target_modules", "feedforward_modules") else value
     return out
 
 

@@ -1,0 +1,53 @@
+"""One check for every method: a few steps on a tiny scanned decoder, recomputed in the backward pass."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tiny
+
+from tunejax.methods import registry
+from tunejax.models import build
+from tunejax.objectives import causal_lm
+from tunejax.train import optimizer, sharding, state, step
+
+
+def rows(length=8):
+    """One batch of four full rows to learn by heart."""
+    tokens = np.random.default_rng(3).integers(1, 31, (4, length + 1)).astype(np.int32)
+    ones = np.ones((4, length), np.int32)
+    return {
+        "tokens": tokens[:, :-1],
+        "targets": tokens[:, 1:],
+        "loss_weights": ones.astype(np.float32),
+        "positions": np.broadcast_to(np.arange(length, dtype=np.int32), ones.shape),
+        "segment_ids": ones,
+    }
+
+
+def run(spec, steps=3, learning_rate=1e-2, remat="full"):
+    """Losses of a few AdamW steps without decay, and the last state; asserts that no bit of the base moved."""
+    mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    method = registry.build(spec)
+    model = build.build(tiny.LLAMA, head="lm", cuts=method.cuts(tiny.LLAMA.num_layers), remat=remat)
+    params = jax.tree.map(jnp.array, tiny.params(cuts=method.cuts(tiny.LLAMA.num_layers)))
+    tuner = optimizer.make_optimizer("adamw", learning_rate)
+    s, base = state.start(model, method, tuner, params, jax.random.key(0), mesh)
+    before = jax.tree.map(np.array, base)
+    one = step.make_step(model, method, causal_lm.make(), tuner, mesh=mesh)
+    losses, batch = [], one.put(rows())
+    for _ in range(steps):
+        s, metrics = one(s, base, {}, batch)
+        losses.append(float(metrics["loss"]))
+    assert jax.tree.structure(base) == jax.tree.structure(before)
+    for a, b in zip(jax.tree.leaves(base), jax.tree.leaves(before), strict=True):
+        assert np.asarray(a).tobytes() == b.tobytes()
+    return losses, s
+
+
+def falls(spec, **kw):
+    """Asserts that each loss is below the one before it."""
+    losses, s = run(spec, **kw)
+    assert all(b < a for a, b in itertools.pairwise(losses)), losses
+    return s
