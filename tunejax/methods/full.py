@@ -5,15 +5,12 @@ whatever the type of the base, so that small updates are not rounded away (mixed
 arXiv:1710.03740).
 """
 
-from collections.abc import Mapping
 from typing import Any
 
-import jax.numpy as jnp
-
-from tunejax.core import errors, operators, paths
+from tunejax.core import errors, holes, paths
 from tunejax.core import method as methods
 from tunejax.core.method import Method, Start
-from tunejax.core.paths import Params, Path
+from tunejax.core.paths import Params
 
 ENDS = ("/norm/*", "/head/*", "/pooler/*", "/classifier/*", "/mlm/**")
 """What may stand after the last layer, by family and head."""
@@ -31,7 +28,7 @@ def full(targets: str | list[str] = "**", layers: str | int | None = None) -> Me
     """
 
     def init(key: Any, params: Params) -> Start:
-        return moved("full", paths.select(params, targets, layers=layers).leaves)
+        return holes.moved("full", paths.select(params, targets, layers=layers).leaves)
 
     named = (targets,) if isinstance(targets, str) else tuple(targets)
     return methods.method(
@@ -67,7 +64,7 @@ def last_k(k: int, norm: bool = True, head: bool = True) -> Method:
                 chosen[path] = leaf
         if not chosen:
             raise errors.TargetError("last_k trains nothing here: k is 0 and the model has no head of its own")
-        return moved("last_k", chosen)
+        return holes.moved("last_k", chosen)
 
     def cuts(depth: int) -> tuple[int, ...]:
         _check(k, depth)
@@ -79,20 +76,3 @@ def last_k(k: int, norm: bool = True, head: bool = True) -> Method:
 def _check(k: int, depth: int) -> None:
     if k > depth:
         raise errors.ConfigError(f"last_k: k is {k}, and the model has {depth} layers")
-
-
-def moved(name: str, leaves: Mapping[Path, Any]) -> Start:
-    """The Start that moves these leaves into ``train`` as float32 and leaves holes.
-
-    Raises:
-      TargetError: some leaf is an operator (wrapped by a method before) or holds no real numbers.
-    """
-    stuck = [p for p, x in leaves.items() if not operators.is_array(x)]
-    if stuck:
-        raise errors.TargetError(
-            f"{name} targets {stuck[0]} (and {len(stuck) - 1} more), which a method before it wraps; put {name} first"
-        )
-    integers = [p for p, x in leaves.items() if not jnp.issubdtype(x.dtype, jnp.floating)]
-    if integers:
-        raise errors.TargetError(f"{name} targets {integers[0]} of type {leaves[integers[0]].dtype}; it cannot train")
-    return Start(dict.fromkeys(leaves), {p: x.astype(jnp.float32) for p, x in leaves.items()})
