@@ -21,6 +21,8 @@ NAMES: dict[str, str] = {
     "bitfit": "tunejax.methods.bitfit:bitfit",
     "lora": "tunejax.methods.lora:lora",
     "ia3": "tunejax.methods.ia3:ia3",
+    "houlsby": "tunejax.methods.adapter:houlsby",
+    "pfeiffer": "tunejax.methods.adapter:pfeiffer",
     "norm_tuning": "tunejax.methods.norms:norm_tuning",
 }
 """Name in a config -> where its factory lies."""

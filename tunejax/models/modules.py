@@ -8,18 +8,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from tunejax.core import errors, sites
+from tunejax.core.activations import ACTIVATIONS
 from tunejax.models import rope
 from tunejax.models.blueprint import Noise
 from tunejax.models.config import ModelConfig
 from tunejax.models.view import View
-
-ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "silu": jax.nn.silu,
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
-    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
-    "relu": jax.nn.relu,
-    "tanh": jnp.tanh,
-}
 
 
 def activation(name: str) -> Callable[[jax.Array], jax.Array]:
