@@ -23,6 +23,7 @@ NAMES: dict[str, str] = {
     "ia3": "tunejax.methods.ia3:ia3",
     "houlsby": "tunejax.methods.adapter:houlsby",
     "pfeiffer": "tunejax.methods.adapter:pfeiffer",
+    "parallel_adapter": "tunejax.methods.parallel_adapter:parallel_adapter",
     "norm_tuning": "tunejax.methods.norms:norm_tuning",
 }
 """Name in a config -> where its factory lies."""

@@ -1,0 +1,145 @@
+"""Scaled parallel adapters of the MLP (He et al., 2022, arXiv:2110.04366, table 2 and section 4.6).
+
+    mlp(x) + scale · (f(x W_down + b_down) W_up + b_up)        W_up = b_up = 0 at the start
+
+The adapter reads the MLP's own input, and two kernels stand between it and the sum. So the MLP is made wider instead:
+what its first kernel gives is followed by x W_down + b_down, its own activation acts on all of it, and the operator at
+its last kernel takes the added part out again. f is therefore the model's activation (the paper's is ReLU, that of
+the models it tunes). In a gated MLP, act(x gate) * (x up), the part beside ``up`` is 1.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from tunejax.core import bottleneck, errors, operators, paths
+from tunejax.core import method as methods
+from tunejax.core.method import Context, Method
+from tunejax.core.paths import Params
+
+ALIASES = bottleneck.ALIASES
+"""What AdapterHub calls it -> what it is here."""
+
+
+@operators.operator
+class Beside:
+    """[base(x, bias), x down + down_bias], or [base(x, bias), 1] without ``down``.
+
+    base: kernel [..., in, out], or an operator that stands for one. down [..., in, width]; down_bias [..., width].
+    """
+
+    base: Any
+    down: jax.Array | None = None
+    down_bias: jax.Array | None = None
+    width: int = operators.static(default=1)
+
+    def __call__(self, x: jax.Array, bias: jax.Array | None = None) -> jax.Array:
+        """x [..., in] -> [..., out + width]."""
+        out = operators.apply(self.base, x, bias)
+        if self.down is None:
+            return jnp.concatenate([out, jnp.ones((*out.shape[:-1], self.width), out.dtype)], axis=-1)
+        return jnp.concatenate([out, operators.apply(self.down, x, self.down_bias)], axis=-1)
+
+    def dense(self) -> jax.Array:
+        """Raises NotLinear: the model has no room for a wider kernel."""
+        raise errors.NotLinear("a parallel adapter widens the MLP, which no kernel of its shape does")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[..., in, out + width]."""
+        return (*self.base.shape[:-1], self.base.shape[-1] + self.width)
+
+    @property
+    def dtype(self) -> Any:
+        """Type of the base."""
+        return self.base.dtype
+
+
+@operators.operator
+class Joined:
+    """base(x1, bias) + scale · (x2 up + up_bias) for x = [x1, x2].
+
+    base: kernel [..., in, out], or an operator that stands for one. up [..., width, out]; up_bias [..., out].
+    """
+
+    base: Any
+    up: jax.Array
+    up_bias: jax.Array
+    scale: float = operators.static(default=1.0)
+
+    def __call__(self, x: jax.Array, bias: jax.Array | None = None) -> jax.Array:
+        """x [..., in + width] -> [..., out]."""
+        x, inner = jnp.split(x, [self.base.shape[-2]], axis=-1)
+        return operators.apply(self.base, x, bias) + self.scale * operators.apply(self.up, inner, self.up_bias)
+
+    def dense(self) -> jax.Array:
+        """Raises NotLinear: the model has no room for a wider kernel."""
+        raise errors.NotLinear("a parallel adapter widens the MLP, which no kernel of its shape does")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[..., in + width, out]."""
+        *lead, fan_in, fan_out = self.base.shape
+        return (*lead, fan_in + self.up.shape[-2], fan_out)
+
+    @property
+    def dtype(self) -> Any:
+        """Type of the base."""
+        return self.base.dtype
+
+
+def parallel_adapter(
+    targets: str | list[str] = "mlp/down/kernel",
+    width: int | None = None,
+    reduction_factor: float = 2,
+    scale: float = 4.0,
+    layers: str | int | None = None,
+) -> Method:
+    """Trains one adapter a block beside the MLP.
+
+    Args:
+      targets: globs over the last kernels of MLPs; ``up``, and ``gate`` where there is one, lie beside them.
+      width: of the bottleneck.
+      reduction_factor: the outer width over this is the width where none is given.
+      scale: times what the adapter adds.
+      layers: only these layers of the stack, as a slice: "-2:".
+
+    Raises:
+      ConfigError: a width or factor out of range.
+      TargetError (from init): nothing matched, or what matched is no last kernel of an MLP.
+    """
+    name = "parallel_adapter"
+    bottleneck.width_of(name, 1, width, reduction_factor)
+
+    def new(key: Any, kernel: Any) -> dict[str, Any]:
+        return bottleneck.arrays(key, kernel, bottleneck.width_of(name, kernel.shape[-1], width, reduction_factor))
+
+    def wrap(kernel: Any, arrays: dict[str, Any], ctx: Context) -> Joined:
+        return Joined(kernel, arrays["up"], arrays["up_bias"], scale=scale)
+
+    joined = methods.per_site(name, targets, new, wrap, layers=layers, axes=bottleneck.AXES)
+
+    def bind(params: Params, train: Any, state: Any, ctx: Context) -> Params:
+        beside: dict[str, Any] = {}
+        for path, arrays in train.items():
+            place = path.removesuffix("/down/kernel")
+            mlp = paths.get(params, place)
+            first, *ones = ("gate", "up") if "gate" in mlp else ("up",)
+            down, width = {k: arrays[k] for k in ("down", "down_bias")}, arrays["down"].shape[-1]
+            beside[f"{place}/{first}/kernel"] = Beside(mlp[first]["kernel"], **down, width=width)
+            beside.update({f"{place}/{o}/kernel": Beside(mlp[o]["kernel"], width=width) for o in ones})
+        return paths.replace(joined.bind(params, train, state, ctx), beside)
+
+    def init(key: Any, params: Params) -> methods.Start:
+        start = joined.init(key, params)
+        wrong = [p for p in start.train if not (p.endswith("/down/kernel") and "up" in _mlp(params, p))]
+        if wrong:
+            raise errors.TargetError(f"{name} targets {wrong[0]}; give the last kernels of MLPs, as mlp/down/kernel")
+        return start
+
+    return joined._replace(init=init, bind=bind)
+
+
+def _mlp(params: Params, path: str) -> dict[str, Any]:
+    return paths.get(params, path.removesuffix("/down/kernel"))
