@@ -24,6 +24,7 @@ NAMES: dict[str, str] = {
     "houlsby": "tunejax.methods.adapter:houlsby",
     "pfeiffer": "tunejax.methods.adapter:pfeiffer",
     "parallel_adapter": "tunejax.methods.parallel_adapter:parallel_adapter",
+    "compacter": "tunejax.methods.compacter:compacter",
     "norm_tuning": "tunejax.methods.norms:norm_tuning",
 }
 """Name in a config -> where its factory lies."""
