@@ -26,6 +26,9 @@ NAMES: dict[str, str] = {
     "parallel_adapter": "tunejax.methods.parallel_adapter:parallel_adapter",
     "compacter": "tunejax.methods.compacter:compacter",
     "norm_tuning": "tunejax.methods.norms:norm_tuning",
+    "fish": "tunejax.methods.fish:fish",
+    "lt_sft": "tunejax.methods.lt_sft:lt_sft",
+    "diff_pruning": "tunejax.methods.diff_pruning:diff_pruning",
 }
 """Name in a config -> where its factory lies."""
 
