@@ -11,7 +11,7 @@ from tunejax.core import method as methods
 from tunejax.core.method import Method, Start
 from tunejax.core.paths import Params
 
-TARGETS = "*norm/{scale,bias}"
+TARGETS = "*norm/*"
 """Every norm: of blocks, of queries and keys, of embeddings, the last one, that of a masked-LM head."""
 
 ALIASES = {"layers_to_transform": "layers"}
