@@ -20,6 +20,7 @@ NAMES: dict[str, str] = {
     "last_k": "tunejax.methods.full:last_k",
     "bitfit": "tunejax.methods.bitfit:bitfit",
     "lora": "tunejax.methods.lora:lora",
+    "quantize": "tunejax.methods.quantize:quantize",
     "ia3": "tunejax.methods.ia3:ia3",
     "houlsby": "tunejax.methods.adapter:houlsby",
     "pfeiffer": "tunejax.methods.adapter:pfeiffer",
