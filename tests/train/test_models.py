@@ -20,6 +20,13 @@ SPECS = {
     "last_k": [{"name": "last_k", "k": 1}],
     "lora": [{"name": "lora", "rank": 2, "dropout": 0.1}],
     "bitfit": [{"name": "bitfit"}],
+    "ia3": [{"name": "ia3"}],
+    "houlsby": [{"name": "houlsby", "width": 4, "drop_random": 2}, {"name": "norm_tuning"}],
+    "parallel_adapter": [{"name": "parallel_adapter", "width": 5}],
+    "compacter": [{"name": "compacter", "width": 4, "phm_dim": 2}],
+    "fish": [{"name": "fish", "mask_steps": 1, "density": 0.1}],
+    "lt_sft": [{"name": "lt_sft", "mask_steps": 2, "density": 0.2, "l1": 0.1, "targets": "mlp/**"}],
+    "diff_pruning": [{"name": "diff_pruning", "mask_steps": 2, "density": 0.2, "targets": "mlp/**"}],
 }
 
 

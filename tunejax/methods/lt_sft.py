@@ -30,7 +30,7 @@ def lt_sft(
     """Trains the entries that full tuning moves most.
 
     Args:
-      mask_steps: updates of the first phase.
+      mask_steps: updates of the first phase; several with Adam, whose first step moves every entry equally far.
       targets: globs over parameters.
       density: part of all their entries that trains in the second phase.
       l1: weight of the mean of |theta - theta0| over all targeted entries, added to the loss in both phases.
