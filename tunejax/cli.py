@@ -67,6 +67,9 @@ def parser() -> argparse.ArgumentParser:
     export.add_argument(
         "--dtype", choices=["float32", "bfloat16", "float16"], help="of the weights (default: as loaded)"
     )
+    verb("methods", "list the methods, what they train and their papers").add_argument(
+        "--markdown", action="store_true", help="as the table of the README"
+    )
     verb("env", "print versions and devices")
     return top
 

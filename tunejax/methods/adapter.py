@@ -37,7 +37,7 @@ def houlsby(
     drop_first: int = 0,
     drop_random: int = 0,
 ) -> Method:
-    """Trains two adapters a block, on the outputs of attention and of the MLP.
+    """Trains two adapters a block, on the outputs of attention and of the MLP (Houlsby et al., arXiv:1902.00751).
 
     Args:
       targets: globs over the kernels whose outputs are adapted.
@@ -67,7 +67,10 @@ def pfeiffer(
     drop_first: int = 0,
     drop_random: int = 0,
 ) -> Method:
-    """Trains one adapter a block, on the output of the MLP. Arguments and errors as of `houlsby`."""
+    """Trains one adapter a block, on the output of the MLP (Pfeiffer et al., arXiv:2005.00247).
+
+    Arguments and errors as of `houlsby`.
+    """
     return _adapter("pfeiffer", targets, width, reduction_factor, activation, scale, layers, drop_first, drop_random)
 
 

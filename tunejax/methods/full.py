@@ -37,7 +37,7 @@ def full(targets: str | list[str] = "**", layers: str | int | None = None) -> Me
 
 
 def last_k(k: int, norm: bool = True, head: bool = True) -> Method:
-    """Trains the last ``k`` layers, the final norm and the head.
+    """Trains the last ``k`` layers, the final norm and the head (as Howard and Ruder, arXiv:1801.06146, begin).
 
     The stack is cut before them, so the backward pass stops there. A tied head stays frozen: its table is the
     embedding, whose gradient would need the whole backward pass; add ``full(targets="embed/table")`` to train it.

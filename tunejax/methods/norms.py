@@ -19,7 +19,7 @@ ALIASES = {"layers_to_transform": "layers"}
 
 
 def norm_tuning(targets: str | list[str] = TARGETS, layers: str | int | None = None) -> Method:
-    """Trains the parameters of norms.
+    """Trains the scales and biases of norms (Zhao et al., arXiv:2312.11420).
 
     Args:
       targets: globs over them: "attention/norm/*" is those of attention.

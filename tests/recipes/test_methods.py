@@ -1,0 +1,35 @@
+"""The list of methods is the registry's, and the README has it as it is."""
+
+from pathlib import Path
+
+import pytest
+
+from tunejax.methods import registry
+from tunejax.recipes import methods
+
+README = Path(__file__).resolve().parents[2] / "README.md"
+
+
+@pytest.fixture(scope="module")
+def found():
+    return methods.rows()
+
+
+def test_the_readme_has_the_table(found):
+    text = README.read_text(encoding="utf-8")
+    start, end = "a test compares them. -->\n", "<!-- the end of the table -->"
+    assert text.partition(start)[2].partition(end)[0] == methods.markdown(found)
+
+
+def test_every_method_has_a_row(found):
+    assert [r.name for r in found] == list(registry.NAMES)
+    assert all(r.trains for r in found)
+
+
+def test_lora_is_counted_by_hand(found):
+    """Rank 8 on the seven kernels of 32 layers: 8 (in + out) each."""
+    row = next(r for r in found if r.name == "lora")
+    added = 32 * 8 * (4 * (4096 + 4096) + 2 * (4096 + 11008) + (11008 + 4096))
+    assert row.share == pytest.approx(added / (6_738_415_616 + added))
+    assert row.paper == "2106.09685"
+    assert row.peft == "LORA"

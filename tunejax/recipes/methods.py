@@ -1,0 +1,130 @@
+"""`tunejax methods`: every method, what it trains and of how much, what it composes with, and its paper."""
+
+import argparse
+import functools
+import inspect
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+
+from tunejax.core import errors, table
+from tunejax.core.method import Method, Start, chain
+from tunejax.methods import registry
+from tunejax.models import build
+from tunejax.models.config import ModelConfig
+
+LLAMA_7B: dict[str, Any] = {
+    "vocab_size": 32000, "embed_dim": 4096, "num_layers": 32, "num_heads": 32, "num_kv_heads": 32, "head_dim": 128,
+    "mlp_dim": 11008, "max_positions": 4096,
+}  # fmt: skip
+PAPER = re.compile(r"arXiv:\s*(\d{4}\.\d{4,5})")
+CITATION = re.compile(r" \([^()]*arXiv:[^()]*\)")
+PARTNER = {"name": "lora"}
+"""The method that the others are tried with."""
+
+
+class Row(NamedTuple):
+    """A method. share: what trains of all that a 7B Llama then has, with the defaults; masked: a mask says what.
+
+    peft: its type in HF PEFT; paper: arXiv number.
+    """
+
+    name: str
+    trains: str
+    arguments: str
+    share: float
+    masked: bool
+    composes: str
+    peft: str | None
+    paper: str | None
+
+
+def main(args: argparse.Namespace) -> None:
+    """Prints the table, as Markdown where asked."""
+    found = rows()
+    if args.markdown:
+        print(markdown(found), end="")
+        return
+    width = max(len(r.name) for r in found)
+    for r in found:
+        print(f"{r.name:<{width}}  {100 * r.share:>9.4f}%  {r.trains}")
+
+
+def rows() -> list[Row]:
+    """One row a method of the registry, in its order."""
+    return [_row(name) for name in registry.NAMES]
+
+
+def markdown(found: list[Row]) -> str:
+    """The rows as the README has them."""
+    head = "| name | what trains | arguments | of a 7B Llama | together with LoRA | HF PEFT | paper |\n"
+    lines = [head, "|" + "---|" * 7 + "\n"]
+    for r in found:
+        paper = f"[{r.paper}](https://arxiv.org/abs/{r.paper})" if r.paper else ""
+        peft = f"`{r.peft}`" if r.peft else ""
+        share = f"{100 * r.share:.3g}%" + (", by a mask" if r.masked else "")
+        cells = (f"`{r.name}`", r.trains, f"`{r.arguments}`", share, r.composes, peft, paper)
+        lines.append("| " + " | ".join(cells) + " |\n")
+    return "".join(lines)
+
+
+@functools.cache
+def _shapes(cuts: tuple[int, ...]) -> Any:
+    model = build.build(ModelConfig(family="llama", **LLAMA_7B), head="lm", cuts=cuts)
+    return jax.eval_shape(model.init, jax.random.key(0))
+
+
+def _begun(method: Method) -> tuple[Any, Start]:
+    """(shapes of the 7B Llama's parameters, what the method makes of them); no array is made."""
+    shapes = _shapes(method.cuts(LLAMA_7B["num_layers"]))
+    return shapes, jax.eval_shape(method.init, jax.random.key(0), shapes)
+
+
+def _row(name: str) -> Row:
+    factory, module = registry.find(name)
+    parameters = inspect.signature(factory).parameters
+    opening = (inspect.getdoc(factory) or "").partition("\n\n")[0].replace("\n", " ").replace("``", "`")
+    method = example(name)
+    shapes, start = _begun(method)
+    paper = PAPER.search(opening) or PAPER.search((module.__doc__ or "").partition("\n\n")[0])
+    form = getattr(module, "PEFT", None)
+    counts = table.table(shapes, start.train, start.edits)
+    mask = start.state.get("mask") if isinstance(start.state, Mapping) else None
+    kept = sum(x.size for x in jax.tree.leaves(mask)) * (parameters["density"].default if mask else 1.0)
+    share = kept / counts.total if mask else counts.share
+    return Row(
+        name,
+        CITATION.sub("", opening).partition(". ")[0].rstrip("."),
+        ", ".join(parameters),
+        share,
+        mask is not None,
+        _composes(method),
+        form.peft_type if form is not None else None,
+        paper[1] if paper else None,
+    )
+
+
+def example(name: str) -> Method:
+    """The method with its defaults; a required number is 1."""
+    parameters = inspect.signature(registry.find(name)[0]).parameters
+    required = {k: 1 for k, p in parameters.items() if p.default is p.empty}
+    return registry.build({"name": name, **required})
+
+
+def _composes(method: Method) -> str:
+    """Where `PARTNER` may stand in a chain with it, on the same kernels."""
+    partner = registry.build(PARTNER)
+    before, after = _fits(chain(method, partner)), _fits(chain(partner, method))
+    return {(True, True): "either first", (True, False): "this first", (False, True): "LoRA first"}.get(
+        (before, after), "on other kernels"
+    )
+
+
+def _fits(method: Method) -> bool:
+    try:
+        _begun(method)
+    except errors.TunejaxError:
+        return False
+    return True
