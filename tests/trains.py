@@ -26,17 +26,24 @@ def rows(length=8):
     }
 
 
-def run(spec, steps=3, learning_rate=1e-2, remat="full"):
-    """Losses of a few AdamW steps without decay, and the last state; asserts that no bit of the base moved."""
+def begin(spec, learning_rate=1e-2, remat="full"):
+    """(step, state, base, batch) of a run by AdamW without decay."""
     mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
     method = registry.build(spec)
-    model = build.build(tiny.LLAMA, head="lm", cuts=method.cuts(tiny.LLAMA.num_layers), remat=remat)
-    params = jax.tree.map(jnp.array, tiny.params(cuts=method.cuts(tiny.LLAMA.num_layers)))
+    cuts = method.cuts(tiny.LLAMA.num_layers)
+    model = build.build(tiny.LLAMA, head="lm", cuts=cuts, remat=remat)
+    params = jax.tree.map(jnp.array, tiny.params(cuts=cuts))
     tuner = optimizer.make_optimizer("adamw", learning_rate)
     s, base = state.start(model, method, tuner, params, jax.random.key(0), mesh)
-    before = jax.tree.map(np.array, base)
     one = step.make_step(model, method, causal_lm.make(), tuner, mesh=mesh)
-    losses, batch = [], one.put(rows())
+    return one, s, base, one.put(rows())
+
+
+def run(spec, steps=3, **kw):
+    """Losses of a few steps, and the last state; asserts that no bit of the base moved."""
+    one, s, base, batch = begin(spec, **kw)
+    before = jax.tree.map(np.array, base)
+    losses = []
     for _ in range(steps):
         s, metrics = one(s, base, {}, batch)
         losses.append(float(metrics["loss"]))

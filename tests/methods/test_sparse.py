@@ -13,6 +13,7 @@ from tunejax.core import errors, paths, sparse
 from tunejax.core import method as methods
 from tunejax.core.method import Context
 from tunejax.methods import diff_pruning, fish, full, lora, lt_sft
+from tunejax.train import checkpoint
 
 KEY, CTX = jax.random.key(0), Context()
 W, B = "w/kernel", "w/bias"
@@ -145,6 +146,24 @@ def test_lt_sft_in_a_run():
     assert all(b < a for a, b in itertools.pairwise(losses[3:])), losses
     moved, total = changed(s, tiny.params(), lt_sft.lt_sft(1))
     assert 0.09 * total < moved <= round(0.1 * total)
+
+
+def test_a_run_that_is_stopped_before_its_mask_is_found_ends_in_the_same_bytes(tmp_path):
+    spec = {"name": "fish", "mask_steps": 3, "density": 0.1, "targets": SMALL}
+    one, s, base, batch = trains.begin(spec)
+    saver = checkpoint.Checkpointer(tmp_path)
+    for i in range(5):
+        s, _ = one(s, base, {}, batch)
+        if i == 1:
+            saver.save(s, {}, {})
+            saver.wait()
+    again = saver.restore(trains.begin(spec)[1]).state
+    saver.close()
+    assert int(again.step) == int(again.state["updates"]) == 2
+    for _ in range(3):
+        again, _ = one(again, base, {}, batch)
+    for a, b in zip(jax.tree.leaves((s.train, s.state)), jax.tree.leaves((again.train, again.state)), strict=True):
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
 
 
 def test_diff_pruning_in_a_run():
