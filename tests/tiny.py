@@ -67,6 +67,19 @@ def batch(rows=2, length=7):
     return {"tokens": rng.integers(0, 31, (rows, length)).astype(np.int32) * mask, "segment_ids": mask}
 
 
+def lm_batch(rows=2, length=7):
+    """Full rows of random tokens, each the target of the one before it, as a causal model trains on."""
+    tokens = np.random.default_rng(0).integers(0, 31, (rows, length + 1)).astype(np.int32)
+    ones = np.ones((rows, length), np.int32)
+    return {
+        "tokens": tokens[:, :-1],
+        "targets": tokens[:, 1:],
+        "loss_weights": ones.astype(np.float32),
+        "segment_ids": ones,
+        "positions": np.cumsum(ones, axis=1, dtype=np.int32) - 1,
+    }
+
+
 _COMPILED = {}
 
 

@@ -194,13 +194,13 @@ def test_filled_biases(checkpoint, tmp_path):
 
 
 def test_save_refuses_holes_and_operators_and_leaves_what_is_there(checkpoint, copy):
-    from tunejax.methods import lora
+    from tunejax.core import low_rank
 
     config, (params, _) = hf.read_config(copy), read(copy)
     before = {p.name: p.read_bytes() for p in copy.iterdir()}
     with pytest.raises(errors.CheckpointError, match="norm/scale: missing"):
         hf.save(copy, paths.replace(params, {"norm/scale": None}), config, head="lm")
-    wrapped = lora.LoRA(params["head"]["kernel"], jnp.zeros((16, 1)), jnp.zeros((1, 40)))
+    wrapped = low_rank.LowRank(params["head"]["kernel"], jnp.zeros((16, 1)), jnp.zeros((1, 40)))
     with pytest.raises(errors.CheckpointError, match="merge the method"):
         hf.save(copy, paths.replace(params, {"head/kernel": wrapped}), config, head="lm")
     assert {p.name: p.read_bytes() for p in copy.iterdir()} == before

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import tiny
 
-from tunejax.core import errors, operators, paths
+from tunejax.core import errors, low_rank, operators, paths
 from tunejax.core.method import Context
 from tunejax.methods import lora
 
@@ -66,14 +66,14 @@ def test_dropout_has_a_key_of_its_own_in_every_layer_and_site():
 
 def test_dropout_keeps_the_mean():
     x = jnp.ones((1000, 10))
-    dropped = lora.drop(x, 0.25, KEY)
+    dropped = low_rank.drop(x, 0.25, KEY)
     assert set(np.unique(dropped).round(4)) == {0.0, np.float32(1.3333)}
     assert abs(float(dropped.mean()) - 1) < 0.03
 
 
 def test_dense_rounds_once_to_the_type_of_the_base():
     base = jnp.ones((4, 4), jnp.bfloat16)
-    op = lora.LoRA(base, jnp.full((4, 1), 0.25), jnp.full((1, 4), 0.5), scale=2.0)
+    op = low_rank.LowRank(base, jnp.full((4, 1), 0.25), jnp.full((1, 4), 0.5), scale=2.0)
     assert op.dense().dtype == jnp.bfloat16
     np.testing.assert_array_equal(op.dense().astype(jnp.float32), 1.25)
     assert op(jnp.ones((1, 4), jnp.bfloat16)).dtype == jnp.bfloat16
@@ -81,15 +81,15 @@ def test_dense_rounds_once_to_the_type_of_the_base():
 
 def test_nested_loras_merge():
     k = jax.random.normal(KEY, (4, 4))
-    inner = lora.LoRA(k, jnp.ones((4, 2)), jnp.ones((2, 4)))
-    outer = lora.LoRA(inner, jnp.ones((4, 1)), jnp.ones((1, 4)), scale=0.5)
+    inner = low_rank.LowRank(k, jnp.ones((4, 2)), jnp.ones((2, 4)))
+    outer = low_rank.LowRank(inner, jnp.ones((4, 1)), jnp.ones((1, 4)), scale=0.5)
     np.testing.assert_allclose(operators.dense(outer), k + 2.5, rtol=1e-5)
 
 
 def test_gradients_are_those_of_the_merged_kernel():
     k, x = jax.random.normal(KEY, (6, 5)), jax.random.normal(jax.random.key(1), (2, 3, 6))
     train = {"a": jax.random.normal(jax.random.key(2), (6, 2)), "b": jax.random.normal(jax.random.key(3), (2, 5))}
-    ours = jax.grad(lambda t: jnp.sum(jnp.sin(lora.LoRA(k, **t, scale=0.7)(x))))(train)
+    ours = jax.grad(lambda t: jnp.sum(jnp.sin(low_rank.LowRank(k, **t, scale=0.7)(x))))(train)
     plain = jax.grad(lambda t: jnp.sum(jnp.sin(x @ (k + 0.7 * t["a"] @ t["b"]))))(train)
     for name in train:
         np.testing.assert_allclose(ours[name], plain[name], rtol=1e-4, atol=1e-5)

@@ -43,6 +43,11 @@ class Start(NamedTuple):
     state: PyTree = {}  # noqa: RUF012
 
 
+def equal_rates(train: PyTree) -> PyTree:
+    """The `Method.rates` of a method that sets none: 1 for every leaf."""
+    return jax.tree.map(lambda x: 1.0, train)
+
+
 class Method(NamedTuple):
     """How to tune: five pure functions and what they need of the model.
 
@@ -55,6 +60,7 @@ class Method(NamedTuple):
     cuts:    (depth) -> the layers before which the stack is to be cut into segments.
     parts:   the methods that `chain` joined; empty for a single one.
     targets: the patterns that it was asked for, to report by; empty where it has none.
+    rates:   (train) -> a float a leaf of train: what its learning rate is multiplied by, decay included.
     """
 
     name: str
@@ -67,6 +73,7 @@ class Method(NamedTuple):
     cuts: Callable[[int], tuple[int, ...]]
     parts: "tuple[Method, ...]" = ()
     targets: tuple[str, ...] = ()
+    rates: Callable[[PyTree], PyTree] = equal_rates
 
 
 def method(
@@ -80,6 +87,7 @@ def method(
     axes: Callable[..., PyTree] | None = None,
     cuts: Callable[[int], tuple[int, ...]] | None = None,
     targets: tuple[str, ...] = (),
+    rates: Callable[[PyTree], PyTree] = equal_rates,
 ) -> Method:
     """A `Method` from the two functions that every one has; the others default to keeping, to 0 and to densifying."""
 
@@ -96,6 +104,7 @@ def method(
         axes=axes or _axes_by_path,
         cuts=cuts or (lambda depth: ()),
         targets=targets,
+        rates=rates,
     )
 
 
@@ -169,8 +178,11 @@ def chain(*methods: Method) -> Method:
     def cuts(depth: int) -> tuple[int, ...]:
         return tuple(sorted({c for m in parts for c in m.cuts(depth)}))
 
+    def rates(train: PyTree) -> PyTree:
+        return {k: m.rates(train[k]) for k, m in zip(keys, parts, strict=True)}
+
     name = "+".join(m.name for m in parts)
-    return Method(name, init, bind, update, penalty, merge, axes, cuts, parts)
+    return Method(name, init, bind, update, penalty, merge, axes, cuts, parts, rates=rates)
 
 
 def _with_key(ctx: Context, i: int) -> Context:
@@ -192,14 +204,27 @@ def path_key(key: Any, path: Path) -> Any:
     return None if key is None else jax.random.fold_in(key, zlib.crc32(path.encode()))
 
 
+class Site(NamedTuple):
+    """What a `per_site` method keeps at a site, arrays by name: ``train`` has gradients, ``state`` has none."""
+
+    train: dict[str, Any] = {}  # noqa: RUF012
+    state: dict[str, Any] = {}  # noqa: RUF012
+
+
+SHARED = "shared"
+"""Where a `per_site` method's train and state hold what all its sites share; elsewhere they are keyed by path."""
+
+
 def per_site(
     name: str,
     targets: str | list[str],
-    new: Callable[[Any, Any], dict[str, Any]],
+    new: Callable[[Any, Any], "dict[str, Any] | Site"],
     wrap: Callable[[Any, dict[str, Any], Context], Any],
     *,
+    shared: Callable[[Any, dict[Path, Any]], "dict[str, Any] | Site"] | None = None,
     layers: str | int | None = None,
     axes: Mapping[str, tuple[str | None, ...]] | None = None,
+    rates: Mapping[str, float] | None = None,
     **others: Any,
 ) -> Method:
     """A method that wraps each targeted kernel in an operator of its own: two functions, and that is all.
@@ -207,10 +232,14 @@ def per_site(
     Args:
       name: of the method, in reports and checkpoints.
       targets: globs over kernels (`core.paths`).
-      new: (key, kernel [..., in, out]) -> the site's train arrays by name, each with the kernel's leading axes.
-      wrap: (kernel, arrays, ctx) -> operator. ``ctx.key`` is the site's own.
+      new: (key, kernel [..., in, out]) -> the site's train arrays by name, each with the kernel's leading axes; or a
+        `Site`, where some are frozen. The kernel may be an operator; `operators.dense` reads its values.
+      wrap: (kernel, arrays, ctx) -> operator. ``arrays`` are those of train, of state and the shared ones, by name;
+        ``ctx.key`` is the site's own.
+      shared: (key, kernels by path) -> arrays, or a `Site`, that all sites share.
       layers: only these layers of the stack, as a slice: "-2:".
       axes: how each array is sharded: "in" and "out" stand for the kernel's axes, None for an unsharded one.
+      rates: name of an array -> what its learning rate is multiplied by.
       **others: further fields of `method`.
     """
 
@@ -219,13 +248,19 @@ def per_site(
         for path, kernel in sites.items():
             if len(kernel.shape) < 2:
                 raise errors.TargetError(f"{name} targets {path} of shape {tuple(kernel.shape)}; it needs a kernel")
-        return Start(train={p: new(path_key(key, p), kernel) for p, kernel in sites.items()})
+        made = {p: _as_site(new(path_key(key, p), kernel)) for p, kernel in sites.items()}
+        common = _as_site(shared(path_key(key, SHARED), sites) if shared else {})
+        train = {p: s.train for p, s in made.items()} | ({SHARED: common.train} if common.train else {})
+        state = {p: s.state for p, s in {**made, SHARED: common}.items() if s.state}
+        return Start(train=train, state=state)
 
     def bind(params: Params, train: PyTree, state: PyTree, ctx: Context) -> Params:
-        wrapped = {
-            p: wrap(paths.get(params, p), arrays, ctx._replace(key=path_key(ctx.key, p) if ctx.train else None))
-            for p, arrays in train.items()
-        }
+        common = {**train.get(SHARED, {}), **state.get(SHARED, {})}
+        wrapped = {}
+        for p, arrays in train.items():
+            if p != SHARED:
+                own = ctx._replace(key=path_key(ctx.key, p) if ctx.train else None)
+                wrapped[p] = wrap(paths.get(params, p), {**common, **arrays, **state.get(p, {})}, own)
         return paths.replace(params, wrapped)
 
     def site_axes(model_axes: Mapping[Path, Axes], train: PyTree) -> PyTree:
@@ -234,8 +269,15 @@ def per_site(
     def cuts(depth: int) -> tuple[int, ...]:
         return layer_cuts(layers, depth)
 
+    def site_rates(train: PyTree) -> PyTree:
+        return {p: {k: (rates or {}).get(k, 1.0) for k in arrays} for p, arrays in train.items()}
+
     named = (targets,) if isinstance(targets, str) else tuple(targets)
-    return method(name, init, bind, axes=site_axes, cuts=cuts, targets=named, **others)
+    return method(name, init, bind, axes=site_axes, cuts=cuts, targets=named, rates=site_rates, **others)
+
+
+def _as_site(made: dict[str, Any] | Site) -> Site:
+    return made if isinstance(made, Site) else Site(made)
 
 
 def _site_axes(kernel: Axes | None, arrays: dict[str, Any], axes: Mapping[str, Axes]) -> dict[str, Axes]:

@@ -2,120 +2,19 @@
 
     y = x W + scale · (x A) B        A [in, rank], B [rank, out] = 0 at the start
 
-PEFT stores both transposed: its lora_A is A.T [rank, in], its lora_B is B.T [out, rank].
+Here too are its relatives that differ by what trains and how fast: LoRA-FA (Zhang et al., 2023, arXiv:2308.03303)
+freezes A as it was drawn, so the input need not be kept for a gradient of A; LoRA+ (Hayou et al., 2024,
+arXiv:2402.12354) trains B at a higher learning rate than A.
 """
 
-import functools
-import math
-from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-
-from tunejax.core import errors, operators, portable
+from tunejax.core import errors, low_rank
 from tunejax.core import method as methods
-from tunejax.core.method import Context, Method
+from tunejax.core.method import Context, Method, Site
 
-ALIASES = {
-    "r": "rank",
-    "lora_alpha": "alpha",
-    "lora_dropout": "dropout",
-    "target_modules": "targets",
-    "use_rslora": "rslora",
-    "layers_to_transform": "layers",
-}
+ALIASES = {**low_rank.ALIASES, "loraplus_lr_ratio": "ratio"}
 """What PEFT calls it -> what it is here."""
-
-
-@operators.operator
-class LoRA:
-    """base(x) + scale · (dropout(x) a) b.
-
-    base: kernel [..., in, out], or an operator that stands for one. a [..., in, rank]; b [..., rank, out].
-    key: [...] PRNG keys of the dropout, one a layer, or None where there is none.
-    """
-
-    base: Any
-    a: jax.Array
-    b: jax.Array
-    key: Any = None
-    scale: float = operators.static(default=1.0)
-    dropout: float = operators.static(default=0.0)
-
-    def __call__(self, x: jax.Array, bias: jax.Array | None = None) -> jax.Array:
-        """x [..., in] -> [..., out]."""
-        if self._summed(x):
-            out = summed(self.scale, x.reshape(-1, x.shape[-1]), self.base, self.a, self.b)
-            out = out.reshape(*x.shape[:-1], -1)
-            return out if bias is None else out + bias.astype(x.dtype)
-        narrow = project(drop(x, self.dropout, self.key), self.a)
-        return operators.apply(self.base, x, bias) + (self.scale * narrow) @ self.b.astype(x.dtype)
-
-    def _summed(self, x: jax.Array) -> bool:
-        """Whether one product with base + scale · a b is exact and cheaper than two: on the CPU, all in float32."""
-        if (
-            jax.default_backend() != "cpu"
-            or not operators.is_array(self.base)
-            or (self.key is not None and self.dropout)
-        ):
-            return False
-        fan_in, fan_out = self.base.shape[-2:]
-        exact = x.dtype == self.base.dtype == self.a.dtype == jnp.float32
-        return exact and self.a.ndim == 2 and x.size * (fan_in + fan_out) >= fan_in * fan_in * fan_out
-
-    def dense(self) -> jax.Array:
-        """base + scale · a b, added in float32 and rounded once to the type of the base."""
-        change = self.scale * jnp.matmul(self.a, self.b, precision="highest")
-        return (operators.dense(self.base).astype(jnp.float32) + change).astype(self.dtype)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the base."""
-        return self.base.shape
-
-    @property
-    def dtype(self) -> Any:
-        """Type of the base."""
-        return self.base.dtype
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def summed(scale: float, x: jax.Array, base: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
-    """x (base + scale · a b) as one product; x [rows, in], base [in, out], a [in, rank], b [rank, out] -> [rows, out].
-
-    The wide results of both products are then neither added nor kept, and no [in, out] gradient is formed unless the
-    base trains: A's and B's come from narrow products, A's transposed so that x is read in its own order.
-    """
-    return x @ (base + scale * (a @ b))
-
-
-def _summed_forward(scale: float, x: jax.Array, base: jax.Array, a: jax.Array, b: jax.Array) -> tuple[jax.Array, Any]:
-    return summed(scale, x, base, a, b), (x, base, a, b)
-
-
-def _summed_backward(scale: float, kept: Any, grad: jax.Array) -> tuple[jax.Array, ...]:
-    x, base, a, b = kept
-    to_narrow = scale * (grad @ b.T)
-    # The base's is dropped from the program where the base is frozen.
-    return grad @ (base + scale * (a @ b)).T, x.T @ grad, (to_narrow.T @ x).T, (scale * (x @ a)).T @ grad
-
-
-summed.defvjp(_summed_forward, _summed_backward)
-
-
-def project(x: jax.Array, a: jax.Array) -> jax.Array:
-    """x [..., in] @ a [in, rank] -> [..., rank]. The one place to change how the narrow product differentiates."""
-    return x @ a.astype(x.dtype)
-
-
-def drop(x: jax.Array, rate: float, key: Any) -> jax.Array:
-    """Inverted dropout; the identity without a key."""
-    if key is None or rate == 0.0:
-        return x
-    kept = jax.random.bernoulli(key, 1.0 - rate, x.shape)
-    return jnp.where(kept, x / (1.0 - rate), jnp.zeros((), x.dtype))
 
 
 def lora(
@@ -140,49 +39,66 @@ def lora(
       ConfigError: rank below 1, dropout outside [0, 1).
       TargetError (from init): nothing matched, or what matched is no kernel.
     """
-    if rank < 1:
-        raise errors.ConfigError(f"lora: rank is {rank}; it must be at least 1")
-    if not 0.0 <= dropout < 1.0:
-        raise errors.ConfigError(f"lora: dropout is {dropout}; it must lie in [0, 1)")
-    scale = alpha / (math.sqrt(rank) if rslora else rank)
-
-    def new(key: Any, kernel: Any) -> dict[str, Any]:
-        *lead, fan_in, fan_out = kernel.shape
-        bound = 1.0 / math.sqrt(fan_in)  # kaiming_uniform_(a=sqrt(5)), as PEFT draws it
-        shape = (*lead, fan_in, rank)
-        # Drawn flat: the same bits, and a program that compiles five times as fast.
-        a = jax.random.uniform(key, (math.prod(shape),), jnp.float32, -bound, bound).reshape(shape)
-        return {"a": a, "b": jnp.zeros((*lead, rank, fan_out), jnp.float32)}
-
-    def wrap(kernel: Any, arrays: dict[str, Any], ctx: Context) -> LoRA:
-        key = ctx.key if ctx.train and dropout else None
-        if key is not None and len(kernel.shape) == 3:
-            key = jax.random.split(key, kernel.shape[0])
-        return LoRA(kernel, arrays["a"], arrays["b"], key, scale=scale, dropout=dropout)
-
-    return methods.per_site("lora", targets, new, wrap, layers=layers, axes={"a": ("in", None), "b": (None, "out")})
+    return _method("lora", targets, rank, alpha, dropout, rslora, layers)
 
 
-def _fuse(
-    parts: Sequence[portable.Arrays | None], widths: Sequence[int], arguments: Mapping[str, Any]
-) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Products side by side are one of their ranks' sum, whose B is zero but for each part's own columns."""
-    there = [p for p in parts if p is not None]
-    rank, grown = there[0]["a"].shape[1], len(there)
-    b, row, column = np.zeros((rank * grown, sum(widths)), np.float32), 0, 0
-    for part, width in zip(parts, widths, strict=True):
-        if part is not None:
-            b[row : row + rank, column : column + width] = part["b"]
-            row += rank
-        column += width
-    alpha = arguments["alpha"] * (math.sqrt(grown) if arguments["rslora"] else grown)
-    return {"a": np.concatenate([p["a"] for p in there], axis=1), "b": b}, {"rank": rank * grown, "alpha": alpha}
+def lora_fa(
+    targets: str | list[str] = "/layers/**/kernel",
+    rank: int = 8,
+    alpha: float = 16.0,
+    dropout: float = 0.0,
+    rslora: bool = False,
+    layers: str | int | None = None,
+) -> Method:
+    """LoRA whose A stays as it was drawn: it lies in ``state``, and B alone trains. Arguments are those of `lora`.
+
+    Raises:
+      ConfigError, TargetError: as `lora`.
+    """
+    return _method("lora_fa", targets, rank, alpha, dropout, rslora, layers, frozen=("a",))
 
 
-PEFT = portable.Form(
-    "LORA",
-    write=lambda arrays: {"lora_A.weight": arrays["a"].T, "lora_B.weight": arrays["b"].T},
-    read=lambda tensors: {"a": tensors["lora_A.weight"].T, "b": tensors["lora_B.weight"].T},
-    fuse=_fuse,
-    split=lambda arrays, i, of: {"a": arrays["a"], "b": np.split(arrays["b"], of, axis=1)[i]},
-)
+def lora_plus(
+    targets: str | list[str] = "/layers/**/kernel",
+    rank: int = 8,
+    alpha: float = 16.0,
+    dropout: float = 0.0,
+    rslora: bool = False,
+    layers: str | int | None = None,
+    ratio: float = 16.0,
+) -> Method:
+    """LoRA whose B has ``ratio`` times the learning rate. The other arguments are those of `lora`.
+
+    Raises:
+      ConfigError: a ratio that is not positive; otherwise as `lora`.
+    """
+    if ratio <= 0:
+        raise errors.ConfigError(f"lora_plus: ratio is {ratio}; it must be positive (the paper takes 16)")
+    return _method("lora_plus", targets, rank, alpha, dropout, rslora, layers, rates={"b": ratio})
+
+
+def _method(
+    name: str,
+    targets: str | list[str],
+    rank: int,
+    alpha: float,
+    dropout: float,
+    rslora: bool,
+    layers: str | int | None,
+    frozen: tuple[str, ...] = (),
+    rates: dict[str, float] | None = None,
+) -> Method:
+    low_rank.check(name, rank, dropout)
+    scale = low_rank.scale_of(alpha, rank, rslora)
+
+    def new(key: Any, kernel: Any) -> Site:
+        drawn = low_rank.factors(key, kernel, rank)
+        return Site(
+            {k: x for k, x in drawn.items() if k not in frozen}, {k: x for k, x in drawn.items() if k in frozen}
+        )
+
+    def wrap(kernel: Any, arrays: dict[str, Any], ctx: Context) -> low_rank.LowRank:
+        keys = low_rank.keys(ctx, kernel, dropout)
+        return low_rank.LowRank(kernel, arrays["a"], arrays["b"], keys, scale=scale, dropout=dropout)
+
+    return methods.per_site(name, targets, new, wrap, layers=layers, axes=low_rank.AXES, rates=rates)

@@ -30,6 +30,8 @@ NAMES: dict[str, str] = {
     "fish": "tunejax.methods.fish:fish",
     "lt_sft": "tunejax.methods.lt_sft:lt_sft",
     "diff_pruning": "tunejax.methods.diff_pruning:diff_pruning",
+    "lora_fa": "tunejax.methods.lora:lora_fa",
+    "lora_plus": "tunejax.methods.lora:lora_plus",
 }
 """Name in a config -> where its factory lies."""
 

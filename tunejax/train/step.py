@@ -145,6 +145,7 @@ def _updated(
 ) -> TrainState:
     """The next state; where the loss or a gradient is not finite, everything but the counters stays as it was."""
     updates, opt_state = optimizer.update(grads, state.opt_state, state.train)
+    updates = jax.tree.map(lambda u, rate: u if rate == 1 else rate * u, updates, method.rates(state.train))
     train = optax.apply_updates(state.train, updates)
     kept = (state.train, state.state, state.opt_state)
     made = (train, method.update(train, state.state, grads, ctx), opt_state)
