@@ -32,6 +32,7 @@ NAMES: dict[str, str] = {
     "diff_pruning": "tunejax.methods.diff_pruning:diff_pruning",
     "lora_fa": "tunejax.methods.lora:lora_fa",
     "lora_plus": "tunejax.methods.lora:lora_plus",
+    "dora": "tunejax.methods.dora:dora",
 }
 """Name in a config -> where its factory lies."""
 

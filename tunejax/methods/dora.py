@@ -1,0 +1,93 @@
+"""DoRA: direction by LoRA, magnitude by a trained vector (Liu et al., 2024, arXiv:2402.09353, equation 5).
+
+    y = m / ‖V‖ · (x V) + bias        V = W + scale · A B, its norm [out] that of each column of [in, out]
+
+The norm is held constant in the backward pass (the paper's section 4.3, equation 11), as in PEFT. PEFT keeps m as
+lora_magnitude_vector [out]. With dropout PEFT drops the input of W too wherever m / ‖V‖ differs from 1; here, as in
+LoRA, only that of A.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from tunejax.core import low_rank, operators
+from tunejax.core import method as methods
+from tunejax.core.method import Context, Method
+
+ALIASES = low_rank.ALIASES
+"""What PEFT calls it -> what it is here."""
+
+
+@operators.operator
+class DoRA:
+    """inner(x) · m / ‖inner‖, a column at a time.
+
+    inner: an operator that stands for [..., in, out]. m: magnitudes [..., out].
+    """
+
+    inner: Any
+    m: jax.Array
+
+    def __call__(self, x: jax.Array, bias: jax.Array | None = None) -> jax.Array:
+        """x [..., in] -> [..., out]."""
+        norm = jax.lax.stop_gradient(column_norms(self.inner))
+        out = self.inner(x) * (self.m / norm).astype(x.dtype)
+        return out if bias is None else out + bias.astype(x.dtype)
+
+    def dense(self) -> jax.Array:
+        """The columns of the inner kernel, at their magnitudes."""
+        gain = self.m / column_norms(self.inner)
+        return (operators.dense(self.inner).astype(jnp.float32) * gain[..., None, :]).astype(self.dtype)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the kernel."""
+        return self.inner.shape
+
+    @property
+    def dtype(self) -> Any:
+        """Type of the kernel."""
+        return self.inner.dtype
+
+
+def column_norms(kernel: Any) -> jax.Array:
+    """[..., in, out] (or an operator) -> the Euclidean norm of each column [..., out], in float32."""
+    return jnp.linalg.norm(operators.dense(kernel).astype(jnp.float32), axis=-2)
+
+
+def dora(
+    targets: str | list[str] = "/layers/**/kernel",
+    rank: int = 8,
+    alpha: float = 16.0,
+    dropout: float = 0.0,
+    rslora: bool = False,
+    layers: str | int | None = None,
+) -> Method:
+    """Trains low-rank products beside frozen kernels, and the length of each column of their sums.
+
+    Args:
+      targets: globs over kernels; every linear layer of the stack unless told.
+      rank: inner width r.
+      alpha: the product is scaled by alpha / rank,
+      rslora: or by alpha / sqrt(rank).
+      dropout: rate on the input of A while training.
+      layers: only these layers of the stack, as a slice: "-2:".
+
+    Raises:
+      ConfigError: rank below 1, dropout outside [0, 1).
+      TargetError (from init): nothing matched, or what matched is no kernel.
+    """
+    low_rank.check("dora", rank, dropout)
+    scale = low_rank.scale_of(alpha, rank, rslora)
+
+    def new(key: Any, kernel: Any) -> dict[str, Any]:
+        return {**low_rank.factors(key, kernel, rank), "m": column_norms(kernel)}
+
+    def wrap(kernel: Any, arrays: dict[str, Any], ctx: Context) -> DoRA:
+        keys = low_rank.keys(ctx, kernel, dropout)
+        inner = low_rank.LowRank(kernel, arrays["a"], arrays["b"], keys, scale=scale, dropout=dropout)
+        return DoRA(inner, arrays["m"])
+
+    return methods.per_site("dora", targets, new, wrap, layers=layers, axes={**low_rank.AXES, "m": ("out",)})
