@@ -33,6 +33,8 @@ NAMES: dict[str, str] = {
     "lora_fa": "tunejax.methods.lora:lora_fa",
     "lora_plus": "tunejax.methods.lora:lora_plus",
     "dora": "tunejax.methods.dora:dora",
+    "pissa": "tunejax.methods.lora_init:pissa",
+    "olora": "tunejax.methods.lora_init:olora",
 }
 """Name in a config -> where its factory lies."""
 
