@@ -35,6 +35,7 @@ NAMES: dict[str, str] = {
     "dora": "tunejax.methods.dora:dora",
     "pissa": "tunejax.methods.lora_init:pissa",
     "olora": "tunejax.methods.lora_init:olora",
+    "vera": "tunejax.methods.vera:vera",
 }
 """Name in a config -> where its factory lies."""
 
