@@ -36,6 +36,9 @@ NAMES: dict[str, str] = {
     "pissa": "tunejax.methods.lora_init:pissa",
     "olora": "tunejax.methods.lora_init:olora",
     "vera": "tunejax.methods.vera:vera",
+    "loha": "tunejax.methods.loha:loha",
+    "lokr": "tunejax.methods.lokr:lokr",
+    "krona": "tunejax.methods.lokr:krona",
 }
 """Name in a config -> where its factory lies."""
 
