@@ -122,6 +122,7 @@ def check(family, folder, config, spec, train, state=None, shared=None):
     assert not frozen or jax.tree.map(jnp.shape, frozen) == jax.tree.map(jnp.shape, start.state)
     frozen = frozen or jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), start.state)
 
+    @jax.jit
     def logits(p):
         return model.logits(model.head(p), model.hidden(p, models.full_batch(jnp.asarray(tokens)))[0])
 

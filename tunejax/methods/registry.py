@@ -39,6 +39,8 @@ NAMES: dict[str, str] = {
     "loha": "tunejax.methods.loha:loha",
     "lokr": "tunejax.methods.lokr:lokr",
     "krona": "tunejax.methods.lokr:krona",
+    "oft": "tunejax.methods.oft:oft",
+    "boft": "tunejax.methods.oft:boft",
 }
 """Name in a config -> where its factory lies."""
 
