@@ -143,6 +143,11 @@ def uniform(key: Any, shape: tuple[int, ...], bound: float) -> jax.Array:
     return jax.random.uniform(key, (math.prod(shape),), jnp.float32, -bound, bound).reshape(shape)
 
 
+def normal(key: Any, shape: tuple[int, ...]) -> jax.Array:
+    """Float32 of this shape, normal with variance 1; drawn flat, as `uniform`."""
+    return jax.random.normal(key, (math.prod(shape),)).reshape(shape)
+
+
 def keys(ctx: Any, kernel: Any, dropout: float) -> Any:
     """The operator's dropout keys, one a layer of the kernel; None where nothing is dropped."""
     if ctx.key is None or not ctx.train or not dropout:

@@ -36,6 +36,7 @@ NAMES: dict[str, str] = {
     "pissa": "tunejax.methods.lora_init:pissa",
     "olora": "tunejax.methods.lora_init:olora",
     "vera": "tunejax.methods.vera:vera",
+    "adalora": "tunejax.methods.adalora:adalora",
     "loha": "tunejax.methods.loha:loha",
     "lokr": "tunejax.methods.lokr:lokr",
     "krona": "tunejax.methods.lokr:krona",
