@@ -29,7 +29,7 @@ FLOORS = {
 }
 BANNED = {"jit", "grad", "value_and_grad", "scan", "vmap", "remat", "Optimizer", "LoRA", "LoRAParam", "LoRALinear"}
 METHODS = {*registry.NAMES, "lora", "qlora", "dora", "adalora", "ia3", "bitfit", "prefix_tuning", "houlsby", "pfeiffer"}
-COMMON_WORDS = {"full"}
+COMMON_WORDS = {"full", "said"}
 """Names of methods that are English too: a policy of rematerialisation, a mask, may be called so."""
 
 

@@ -42,6 +42,8 @@ NAMES: dict[str, str] = {
     "krona": "tunejax.methods.lokr:krona",
     "oft": "tunejax.methods.oft:oft",
     "boft": "tunejax.methods.oft:boft",
+    "said": "tunejax.methods.said:said",
+    "loreft": "tunejax.methods.reft:loreft",
 }
 """Name in a config -> where its factory lies."""
 
