@@ -7,12 +7,14 @@ PEFT stores both transposed: its lora_A is A.T [rank, in], its lora_B is B.T [ou
 
 import functools
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from tunejax.core import errors, operators
+from tunejax.core import errors, operators, portable
 
 ALIASES = {
     "r": "rank",
@@ -153,3 +155,29 @@ def keys(ctx: Any, kernel: Any, dropout: float) -> Any:
     if ctx.key is None or not ctx.train or not dropout:
         return None
     return jax.random.split(ctx.key, kernel.shape[0]) if len(kernel.shape) == 3 else ctx.key
+
+
+def _fuse(
+    parts: Sequence[portable.Arrays | None], widths: Sequence[int], arguments: Mapping[str, Any]
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Products side by side are one of their ranks' sum, whose B is zero but for each part's own columns."""
+    there = [p for p in parts if p is not None]
+    rank, grown = there[0]["a"].shape[1], len(there)
+    b, row, column = np.zeros((rank * grown, sum(widths)), np.float32), 0, 0
+    for part, width in zip(parts, widths, strict=True):
+        if part is not None:
+            b[row : row + rank, column : column + width] = part["b"]
+            row += rank
+        column += width
+    alpha = arguments["alpha"] * (math.sqrt(grown) if arguments["rslora"] else grown)
+    return {"a": np.concatenate([p["a"] for p in there], axis=1), "b": b}, {"rank": rank * grown, "alpha": alpha}
+
+
+PEFT = portable.Form(
+    "LORA",
+    write=lambda arrays: {"lora_A.weight": arrays["a"].T, "lora_B.weight": arrays["b"].T},
+    read=lambda tensors: {"a": tensors["lora_A.weight"].T, "b": tensors["lora_B.weight"].T},
+    fuse=_fuse,
+    split=lambda arrays, i, of: {"a": arrays["a"], "b": np.split(arrays["b"], of, axis=1)[i]},
+)
+"""How PEFT keeps it; what trains and how fast is not part of that."""

@@ -16,6 +16,8 @@ from tunejax.core.method import Context, Method, Site
 ALIASES = {**low_rank.ALIASES, "loraplus_lr_ratio": "ratio"}
 """What PEFT calls it -> what it is here."""
 
+PEFT = low_rank.PEFT
+
 
 def lora(
     targets: str | list[str] = "/layers/**/kernel",
