@@ -108,3 +108,12 @@ def test_sst2_refuses_a_config_that_torch_does_not_follow(monkeypatch, tmp_path)
     monkeypatch.setattr(common, "overrides", lambda args: ["model.dropout=0.1", "train.optim=lion"])
     with pytest.raises(SystemExit, match=r"model\.dropout is 0; train\.optim is adamw"):
         common.config(argparse.Namespace(method="lora", seed=0, steps=None, folder=tmp_path))
+
+
+def test_sst2_accuracies_compare_equal_across_number_types(monkeypatch, capsys):
+    common = script("sst2_parity/common.py", monkeypatch)
+    args = argparse.Namespace(method="lora", seed=0)
+    for x in (238 / 436, float(jnp.float32(238) / jnp.float32(436))):
+        common.report("torch", args, [{"loss": 0.5, "learning_rate": 0.1}], before=x)
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == second
