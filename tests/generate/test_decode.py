@@ -209,3 +209,14 @@ def test_reference_loss_of_stories260k(stories, assets):
     loss, weight, _ = causal_lm.make().loss(model, params, {}, batch, Context())
     assert len(rows) == 80
     assert float(loss / weight) == pytest.approx(1.288, abs=5e-4)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_prompt_before_every_row_is_a_longer_row(tiny, side):
+    model, params = tiny
+    tokens, mask = padded(PROMPTS, side)
+    longer = padded([[60, 2, *p] for p in PROMPTS], side)
+    expected = decode.generate(model, params, *longer, max_new_tokens=5)
+    np.testing.assert_array_equal(
+        decode.generate(model, params, tokens, mask, max_new_tokens=5, prompt=(60, 2)), expected
+    )

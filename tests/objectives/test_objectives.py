@@ -119,3 +119,12 @@ def test_masked_lm_hides_anew_in_training_and_alike_in_evaluation():
 def test_options_out_of_range_are_named(make, options):
     with pytest.raises(errors.ConfigError, match=next(iter(options))):
         make(**options)
+
+
+def test_virtual_tokens_are_neither_hidden_nor_predicted():
+    tokens = jnp.concatenate([jnp.full((2, 9), VOCAB + 1), jnp.full((2, 400), 7)], axis=1)
+    shown = masked_lm.hide(jax.random.key(0), {"tokens": tokens, "segment_ids": jnp.ones_like(tokens)}, 3, VOCAB, 0.9)
+    np.testing.assert_array_equal(shown["tokens"][:, :9], VOCAB + 1)
+    assert not shown["loss_weights"][:, :9].any()
+    assert shown["loss_weights"][:, 9:].mean() > 0.8
+    assert (shown["targets"] < VOCAB).all()

@@ -31,7 +31,8 @@ class Context(NamedTuple):
 class Start(NamedTuple):
     """A partition of what a method needs: no array lies in two of its places.
 
-    Invariant: ``bind(apply_edits(params, edits), train, state) == params`` as a function (identity at init).
+    Invariant: ``bind(apply_edits(params, edits), train, state) == params`` as a function (identity at init), except
+    where virtual tokens or a prefix come before the text (`Method.prompt`, `Method.prefix`).
 
     edits: the base rewritten once; a leaf (a quantised one, say) or None, a hole whose value moved into ``train``.
     train: has gradients and optimiser state. Float32, whatever the base's type.
@@ -61,6 +62,9 @@ class Method(NamedTuple):
     parts:   the methods that `chain` joined; empty for a single one.
     targets: the patterns that it was asked for, to report by; empty where it has none.
     rates:   (train) -> a float a leaf of train: what its learning rate is multiplied by, decay included.
+    prompt:  how many virtual tokens every example begins with: ids vocab_size, vocab_size + 1, ... that whoever makes
+             a batch or a prompt puts in front. `chain` adds them up, the first method's first.
+    prefix:  how many positions it takes before the first token within attention alone; the model counts them itself.
     """
 
     name: str
@@ -74,6 +78,8 @@ class Method(NamedTuple):
     parts: "tuple[Method, ...]" = ()
     targets: tuple[str, ...] = ()
     rates: Callable[[PyTree], PyTree] = equal_rates
+    prompt: int = 0
+    prefix: int = 0
 
 
 def method(
@@ -88,6 +94,8 @@ def method(
     cuts: Callable[[int], tuple[int, ...]] | None = None,
     targets: tuple[str, ...] = (),
     rates: Callable[[PyTree], PyTree] = equal_rates,
+    prompt: int = 0,
+    prefix: int = 0,
 ) -> Method:
     """A `Method` from the two functions that every one has; the others default to keeping, to 0 and to densifying."""
 
@@ -105,6 +113,8 @@ def method(
         cuts=cuts or (lambda depth: ()),
         targets=targets,
         rates=rates,
+        prompt=prompt,
+        prefix=prefix,
     )
 
 
@@ -181,8 +191,10 @@ def chain(*methods: Method) -> Method:
     def rates(train: PyTree) -> PyTree:
         return {k: m.rates(train[k]) for k, m in zip(keys, parts, strict=True)}
 
-    name = "+".join(m.name for m in parts)
-    return Method(name, init, bind, update, penalty, merge, axes, cuts, parts, rates=rates)
+    return Method(
+        "+".join(m.name for m in parts), init, bind, update, penalty, merge, axes, cuts, parts,
+        prompt=sum(m.prompt for m in parts), prefix=max((m.prefix for m in parts), default=0), rates=rates,
+    )  # fmt: skip
 
 
 def _with_key(ctx: Context, i: int) -> Context:

@@ -59,6 +59,8 @@ def token_texts(tokenizer: Any, ids: list[int]) -> list[str]:
 def sample_rows(loader: Loader, tokenizer: Any, count: int = 5) -> list[RowView]:
     """The first rows of the loader's first batches, as they are packed and padded. No state changes."""
     out: list[RowView] = []
+    prompt = loader.plan.settings.prompt
+    before = [TokenView(prompt[0], f"<{len(prompt)} virtual tokens>", False, special=True)] if prompt else []
     step = 0
     while len(out) < count and step < (loader.num_steps or count):
         epoch, bins = loader.plan.batch(step)
@@ -68,8 +70,8 @@ def sample_rows(loader: Loader, tokenizer: Any, count: int = 5) -> list[RowView]
             out.append(
                 RowView(
                     tuple(e.source for e in examples),
-                    tuple(example_view(e, tokenizer, loader.plan.corpus) for e in examples),
-                    length - sum(len(e.tokens) for e in examples),
+                    tuple((*before, *example_view(e, tokenizer, loader.plan.corpus)) for e in examples),
+                    length - loader.plan.settings.size(pieces),
                 )
             )
         step += 1
@@ -100,7 +102,7 @@ def totals(corpus: Corpus, loader: Loader | None = None) -> dict[str, Any]:
         batches = loader.plan.batches(0)
         positions = sum(loader.length(s) for s in range(batches)) * loader.plan.settings.batch_size
         out["batches"] = batches
-        out["filled_share"] = sum(p.stop - p.start for b in loader.plan.rows(0) for p in b) / positions
+        out["filled_share"] = sum(map(loader.plan.settings.size, loader.plan.rows(0))) / positions
     return out
 
 

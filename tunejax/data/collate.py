@@ -34,6 +34,8 @@ def collate(
     *,
     pad_id: int = 0,
     example: Callable[[int], Example] | None = None,
+    prompt: Sequence[int] = (),
+    labelled: bool = False,
 ) -> dict[str, np.ndarray]:
     """A batch, all [count, length]: tokens, targets, positions, segment_ids int32, loss_weights float32.
 
@@ -42,6 +44,9 @@ def collate(
         rows up to ``count`` are padding.
       length: positions a row; the rest is padding: ``pad_id``, segment 0, weight 0.
       example: index -> the example as it is shown this time (masked), instead of the store's.
+      prompt: ids before each piece, whose positions count from the first of them; their targets are 0, their weights
+        0 and their token_types 0.
+      labelled: an example's first position carries its label: the prompt's first then does instead.
 
     token_types int32 is there where the store has them.
     """
@@ -54,12 +59,17 @@ def collate(
         at = 0
         for segment, (index, start, stop) in enumerate(pieces, 1):
             shown = (example or store.__getitem__)(index)
-            here = (r, slice(at, at + stop - start))
+            begin, size = at + len(prompt), len(prompt) + stop - start
+            here = (r, slice(begin, at + size))
             for name in ("tokens", "targets", "loss_weights"):
                 batch[name][here] = getattr(shown, name)[start:stop]
             if shown.token_types is not None:
                 batch["token_types"][here] = shown.token_types[start:stop]
-            batch["positions"][here] = np.arange(stop - start)
-            batch["segment_ids"][here] = segment
-            at += stop - start
+            batch["tokens"][r, at:begin] = prompt
+            if labelled and prompt:
+                for name in ("targets", "loss_weights"):
+                    batch[name][r, at], batch[name][r, begin] = batch[name][r, begin], 0
+            batch["positions"][r, at : at + size] = np.arange(size)
+            batch["segment_ids"][r, at : at + size] = segment
+            at += size
     return batch

@@ -208,14 +208,16 @@ def finish(made: formats.Encoded, opts: options.Options, rejects: bad.BadRows, r
     Empty where the row is bad; several where truncation is "split".
     """
     source, (ids, in_loss) = made.row.source, made[:2]
-    if len(ids) > opts.max_length and opts.truncation != "split":
+    if len(ids) > opts.room and opts.truncation != "split":
         if opts.truncation != "end":
             message = f"too long: {len(ids)} tokens, expected at most max_length={opts.max_length}"
+            if opts.prompt:
+                message += f" less {len(opts.prompt)} virtual tokens"
             advice = "" if opts.truncation == "skip" else " (data.truncation=end cuts such rows)"
             rejects.add(bad.LONG, source, message + advice, skip=opts.truncation == "skip")
             return []
-        lost = any(in_loss[opts.max_length :])
-        ids, in_loss = ids[: opts.max_length], in_loss[: opts.max_length]
+        lost = any(in_loss[opts.room :])
+        ids, in_loss = ids[: opts.room], in_loss[: opts.room]
     else:
         lost = False
     example = _example(made, ids, in_loss, opts)
@@ -229,7 +231,7 @@ def finish(made: formats.Encoded, opts: options.Options, rejects: bad.BadRows, r
         report.note("answers_cut", source)
     if made.merged:
         report.note("merged", source)
-    return _split(example, opts.max_length)
+    return _split(example, opts.room)
 
 
 def _example(made: formats.Encoded, ids: list[int], in_loss: list[bool], opts: options.Options) -> Example:

@@ -128,8 +128,8 @@ def whole(
     types = made.get("token_type_ids") or [None] * len(texts)
     out = [(ids, t, False) for ids, t in zip(made["input_ids"], types, strict=True)]
     for i, (ids, _, _) in enumerate(out):
-        if opts.truncation == "end" and len(ids) > opts.max_length:
-            one = tokenizer(texts[i], pairs and pairs[i], truncation=True, max_length=opts.max_length, verbose=False)
+        if opts.truncation == "end" and len(ids) > opts.room:
+            one = tokenizer(texts[i], pairs and pairs[i], truncation=True, max_length=opts.room, verbose=False)
             out[i] = (one["input_ids"], one.get("token_type_ids"), True)
     return out
 

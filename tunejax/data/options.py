@@ -20,7 +20,7 @@ class Options:
     format: None tells it from the fields of the first row (see `formats.detect`).
     objective: "causal_lm" shifts targets; "masked_lm" keeps whole texts whose tokens are hidden when a batch is made;
         "classification" puts the label at one position.
-    max_length: tokens of a row at most, special tokens included.
+    max_length: positions of an example at most, special tokens and ``prompt`` included.
     truncation: what a longer row is: "error" a bad row, "skip" left out and counted, "end" cut at its end, "split"
         (format text only) cut into several examples.
     append_eos: end every row with the end-of-sequence token, in the loss.
@@ -29,6 +29,7 @@ class Options:
     labels: names of the classes in order; None: those of the rows, sorted.
     labelled: the position that is classified: "first" ([CLS] of an encoder) or "last" (of a decoder).
     eos_token_id: instead of the tokenizer's.
+    prompt: ids that every example of a batch begins with, never in the loss (virtual tokens). Rows have `room` tokens.
     """
 
     format: Format | None = None
@@ -43,6 +44,12 @@ class Options:
     labelled: str = "first"
     eos_token_id: int | None = None
     on_bad_row: bad.Policy = "error"
+    prompt: tuple[int, ...] = ()
+
+    @property
+    def room(self) -> int:
+        """Tokens of a row at most: max_length without the prompt."""
+        return self.max_length - len(self.prompt)
 
     def __post_init__(self) -> None:
         choices = {
@@ -59,6 +66,11 @@ class Options:
                 raise errors.ConfigError(f"{name} is {value!r}. {errors.did_you_mean(str(value), known)}")
         if self.max_length < 2:
             raise errors.ConfigError(f"max_length is {self.max_length}; expected 2 or more")
+        if self.room < 2:
+            raise errors.ConfigError(
+                f"max_length is {self.max_length}, and {len(self.prompt)} virtual tokens stand before every example; "
+                f"expected {len(self.prompt) + 2} or more"
+            )
         if self.template is not None and not fields_of(self.template):
             raise errors.ConfigError(f"template {self.template!r} has no field; expected text around '{{prompt}}'")
         if self.labels is not None and len(set(self.labels)) != len(self.labels):

@@ -31,6 +31,7 @@ def pack(
     *,
     strategy: str = "bfd",
     window: int = WINDOW,
+    extra: int = 0,
 ) -> list[Bin]:
     """Rows of at most ``capacity`` positions, in about the given order.
 
@@ -39,22 +40,26 @@ def pack(
       lengths: of the examples; at most ``capacity``, unless wrapped.
       strategy: "bfd" best fit by decreasing length within windows of ``window`` examples, and "first_fit" in order:
         neither splits an example. "wrapped" fills every row and splits the example at its end.
+      extra: positions that every piece takes besides its own (a prompt before it).
 
     Raises:
       DataError: an example longer than ``capacity``.
+      ConfigError: an unknown strategy, or no room beside ``extra``.
     """
     if strategy not in STRATEGIES:
         raise errors.ConfigError(f"packing strategy {strategy!r}. {errors.did_you_mean(strategy, STRATEGIES)}")
+    if extra >= capacity:
+        raise errors.ConfigError(f"{extra} virtual tokens leave no room in a row of {capacity} positions")
     indices = [int(i) for i in order]
     if strategy == "wrapped":
-        return wrap(indices, lengths, capacity)
+        return wrap(indices, lengths, capacity, extra)
     fit = best_fit_decreasing if strategy == "bfd" else first_fit
     bins: list[Bin] = []
     for at in range(0, len(indices), window):
         part = indices[at : at + window]
-        sizes = [int(lengths[i]) for i in part]
+        sizes = [int(lengths[i]) + extra for i in part]
         for members in fit(sizes, capacity):
-            bins.append(tuple(Piece(part[m], 0, sizes[m]) for m in members))
+            bins.append(tuple(Piece(part[m], 0, sizes[m] - extra) for m in members))
     return bins
 
 
@@ -98,18 +103,21 @@ def first_fit(sizes: Sequence[int], capacity: int) -> list[list[int]]:
     return bins
 
 
-def wrap(indices: Sequence[int], lengths: Sequence[int] | np.ndarray, capacity: int) -> list[Bin]:
-    """Rows filled to the brim in order; an example that does not fit goes on in the next row."""
+def wrap(indices: Sequence[int], lengths: Sequence[int] | np.ndarray, capacity: int, extra: int = 0) -> list[Bin]:
+    """Rows filled to the brim in order; an example that does not fit goes on in the next row.
+
+    Each piece takes ``extra`` positions more, so a row may end with as many positions empty.
+    """
     bins: list[Bin] = []
     held: list[Piece] = []
     room = capacity
     for index in indices:
         start, stop = 0, int(lengths[index])
         while start < stop:
-            taken = min(room, stop - start)
+            taken = min(room - extra, stop - start)
             held.append(Piece(index, start, start + taken))
-            start, room = start + taken, room - taken
-            if room == 0:
+            start, room = start + taken, room - taken - extra
+            if room <= extra:
                 bins.append(tuple(held))
                 held, room = [], capacity
     return [*bins, tuple(held)] if held else bins

@@ -85,6 +85,8 @@ class Loader:
             self.length(step),
             pad_id=self._pad_id,
             example=lambda i: self.example(i, epoch),
+            prompt=self.plan.settings.prompt,
+            labelled=self.plan.corpus.options.labels is not None and self.plan.corpus.options.labelled == "first",
         )
 
     def length(self, step: int) -> int:
@@ -92,8 +94,7 @@ class Loader:
         s = self.plan.settings
         if s.packing:
             return s.max_length
-        longest = max(sum(p.stop - p.start for p in pieces) for pieces in self.plan.batch(step)[1])
-        return collate.bucket(longest, s.buckets)
+        return collate.bucket(max(map(s.size, self.plan.batch(step)[1])), s.buckets)
 
     def example(self, index: int, epoch: int) -> Example:
         """An example as it is shown in an epoch."""
@@ -166,7 +167,7 @@ def make_loader(
     threads: int = 2,
     prefetch: int = 4,
 ) -> Loader:
-    """The batches of a corpus.
+    """The batches of a corpus, every example with the prompt of the corpus's options before it.
 
     Args:
       batch_size: rows of a global batch; each of ``shard_count`` hosts builds an equal block of them.
@@ -188,7 +189,9 @@ def make_loader(
     strategy = ("bfd" if packing is True else packing) or None
     _check(corpus, batch_size, length, strategy, shard_index, shard_count)
     chosen = tuple(sorted(buckets)) if buckets else collate.default_buckets(length)
-    settings = plan.Settings(batch_size, length, strategy, seed, shuffle, group_by_length, drop_last, chosen)
+    settings = plan.Settings(
+        batch_size, length, strategy, seed, shuffle, group_by_length, drop_last, chosen, corpus.options.prompt
+    )
     batches = plan.Plan(corpus, settings)
     if batches.batches(0) == 0:
         raise errors.DataError(f"{len(batches.rows(0))} rows do not fill one batch of {batch_size} (drop_last)")
@@ -211,6 +214,7 @@ def _check(corpus: Corpus, batch_size: int, length: int, strategy: str | None, i
         raise errors.ConfigError(
             f"a batch of {batch_size} rows does not split evenly over {count} hosts (host {index})"
         )
-    longest = int(corpus.store.lengths.max(initial=0))
-    if longest > length and strategy != "wrapped":
-        raise errors.DataError(f"an example of {longest} tokens is longer than max_length={length}")
+    longest, before = int(corpus.store.lengths.max(initial=0)), len(corpus.options.prompt)
+    if longest + before > length and strategy != "wrapped":
+        after = f" less {before} virtual tokens" if before else ""
+        raise errors.DataError(f"an example of {longest} tokens is longer than max_length={length}{after}")

@@ -9,6 +9,7 @@ import numpy as np
 
 from tunejax.data import order, packing
 from tunejax.data.corpus import Corpus
+from tunejax.data.packing import Bin
 
 GROUPED = 50
 """Batches whose examples are sorted by length together, with group_by_length."""
@@ -25,6 +26,11 @@ class Settings(NamedTuple):
     group_by_length: bool
     drop_last: bool
     buckets: tuple[int, ...]
+    prompt: tuple[int, ...] = ()
+
+    def size(self, pieces: Bin) -> int:
+        """Positions of a row that these pieces fill, each with its prompt."""
+        return sum(p.stop - p.start + len(self.prompt) for p in pieces)
 
 
 class Plan:
@@ -49,7 +55,7 @@ class Plan:
         s, lengths = self.settings, self.corpus.store.lengths
         indices = order.epoch_order(self.corpus.parts, s.seed, epoch, s.shuffle)
         if s.packing:
-            return packing.pack(indices, lengths, s.max_length, strategy=s.packing)
+            return packing.pack(indices, lengths, s.max_length, strategy=s.packing, extra=len(s.prompt))
         if s.group_by_length:
             indices = _grouped(indices, lengths, s, epoch)
         return [(packing.Piece(i, 0, int(lengths[i])),) for i in indices.tolist()]

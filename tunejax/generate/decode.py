@@ -57,6 +57,7 @@ def generate(
     stop_tokens: Sequence[int] = (),
     pad_id: int = 0,
     key: Any = None,
+    prompt: Sequence[int] = (),
 ) -> jax.Array:
     """New tokens of a batch of prompts, by one compiled program that ends when every row has stopped.
 
@@ -70,6 +71,7 @@ def generate(
       stop_tokens: a row ends with the first of these, which is in the result.
       pad_id: what follows it.
       key: a PRNG key, for sampling; a row's draws depend on the key and its place in the batch only.
+      prompt: ids before every row's own (the virtual tokens that a method trained).
 
     Returns:
       int32 [batch, max_new_tokens].
@@ -78,7 +80,7 @@ def generate(
       ConfigError: an empty prompt, a mask of another shape, a model that does not write, or sampling without a key.
     """
     plan = _plan(model, max_new_tokens, sampling, stop_tokens, pad_id, key)
-    return _all(plan, params, *_prompts(tokens, attention_mask), _key(key))
+    return _all(plan, params, *_prompts(tokens, attention_mask, prompt), _key(key))
 
 
 def stream(
@@ -92,10 +94,11 @@ def stream(
     stop_tokens: Sequence[int] = (),
     pad_id: int = 0,
     key: Any = None,
+    prompt: Sequence[int] = (),
 ) -> Iterator[np.ndarray]:
     """The same tokens as `generate`, int32 [batch] a step as they are drawn; it ends when every row has stopped."""
     plan = _plan(model, max_new_tokens, sampling, stop_tokens, pad_id, key)
-    prompts, key = _prompts(tokens, attention_mask), _key(key)
+    prompts, key = _prompts(tokens, attention_mask, prompt), _key(key)
     return _steps(plan, params, prompts, key)
 
 
@@ -185,8 +188,8 @@ def _key(key: Any) -> Any:
     return jax.random.key(0) if key is None else key
 
 
-def _prompts(tokens: Any, attention_mask: Any) -> tuple[np.ndarray, np.ndarray]:
-    """int32 tokens and mask [batch, length], padded in front to a multiple of `BUCKET`."""
+def _prompts(tokens: Any, attention_mask: Any, prompt: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """int32 tokens and mask [batch, length] with ``prompt`` in each row, padded in front to a multiple of `BUCKET`."""
     tokens = np.asarray(tokens, np.int32)
     mask = np.ones_like(tokens) if attention_mask is None else np.asarray(attention_mask, np.int32)
     if tokens.ndim != 2 or mask.shape != tokens.shape:
@@ -196,5 +199,8 @@ def _prompts(tokens: Any, attention_mask: Any) -> tuple[np.ndarray, np.ndarray]:
     empty = np.flatnonzero(~mask.any(axis=1))
     if len(empty):
         raise errors.ConfigError(f"prompt {int(empty[0])} is empty: it needs one token at least, such as <s>")
+    # Before a row's padding, which is masked: positions count what is real, so they go on from the prompt.
+    first = np.broadcast_to(np.asarray(prompt, np.int32), (len(tokens), len(prompt)))
+    tokens, mask = np.concatenate([first, tokens], 1), np.concatenate([np.ones_like(first), mask], 1)
     front = ((0, 0), (-tokens.shape[1] % BUCKET, 0))
     return np.pad(tokens, front), np.pad(mask, front)

@@ -44,6 +44,7 @@ NAMES: dict[str, str] = {
     "boft": "tunejax.methods.oft:boft",
     "said": "tunejax.methods.said:said",
     "loreft": "tunejax.methods.reft:loreft",
+    "prompt_tuning": "tunejax.methods.prompt_tuning:prompt_tuning",
 }
 """Name in a config -> where its factory lies."""
 
@@ -69,11 +70,18 @@ MODULES: dict[str, list[str]] = {
 """Names of modules in Hugging Face's models -> globs here; what is not listed is taken as a glob."""
 
 
-def build(specs: Mapping[str, Any] | str | Sequence[Mapping[str, Any] | str]) -> Method:
+def build(
+    specs: Mapping[str, Any] | str | Sequence[Mapping[str, Any] | str],
+    tokenize: Callable[[str], list[int]] | None = None,
+) -> Method:
     """The method that a config describes: ``{name: lora, rank: 8}``, or a list of such to chain, first first.
 
     A name is one of `NAMES`, "path/to/file.py:function" or "package.module:function"; the other keys are the
     function's arguments. PEFT's spellings are accepted where a method knows them.
+
+    Args:
+      specs: as above.
+      tokenize: text -> ids, for arguments that a method takes as token ids (its module's TEXTS).
 
     Raises:
       ConfigError: unknown name, unknown or missing argument, wrong type: with what was found and the nearest choice.
@@ -81,7 +89,7 @@ def build(specs: Mapping[str, Any] | str | Sequence[Mapping[str, Any] | str]) ->
     listed = [specs] if isinstance(specs, Mapping | str) else list(specs)
     if not listed:
         raise errors.ConfigError(f"method: the list is empty; name at least one of {', '.join(NAMES)}")
-    return methods.chain(*(_one(s) for s in listed))
+    return methods.chain(*(_one(s, tokenize) for s in listed))
 
 
 def _one(spec: Mapping[str, Any] | str) -> Method:
@@ -101,12 +109,23 @@ def resolved(spec: Mapping[str, Any] | str) -> tuple[str, dict[str, Any], Module
 
 def _called(spec: Mapping[str, Any] | str) -> tuple[str, Callable[..., Method], dict[str, Any], ModuleType]:
     """(name, factory, checked arguments, module)."""
+
+
+def _one(spec: Mapping[str, Any] | str, tokenize: Callable[[str], list[int]] | None) -> Method:
     spec = {"name": spec} if isinstance(spec, str) else dict(spec)
     name = spec.pop("name", None)
     if not isinstance(name, str):
         raise errors.ConfigError(f"method: expected a mapping with a name, such as {{name: lora}}, found {spec}")
     factory, module = find(name)
     return name, factory, arguments(name, factory, _renamed(name, spec, getattr(module, "ALIASES", {}))), module
+    given = _renamed(name, spec, getattr(module, "ALIASES", {}))
+    for key in getattr(module, "TEXTS", ()):
+        if tokenize is not None and isinstance(given.get(key), str):
+            given[key] = tokenize(given[key])
+    made = factory(**arguments(name, factory, given))
+    if not isinstance(made, Method):
+        raise errors.ConfigError(f"method {name!r}: the function returned {type(made).__name__}, not a Method")
+    return made
 
 
 def find(name: str) -> tuple[Callable[..., Method], ModuleType]:

@@ -52,11 +52,11 @@ def hide(
 ) -> dict[str, jax.Array]:
     """``batch`` with tokens hidden, the true ones as targets, and loss_weights 1 where one is hidden.
 
-    Padding (segment 0) and ``special`` ids are left alone.
+    Padding (segment 0), ``special`` ids and virtual tokens (ids from vocab_size on) are left alone.
     """
     tokens = batch["tokens"]
     choose, how, what = jax.random.split(key, 3)
-    allowed = batch["segment_ids"] > 0
+    allowed = (batch["segment_ids"] > 0) & (tokens < vocab_size)
     for token in special:
         allowed &= tokens != token
     hidden = allowed & (jax.random.uniform(choose, tokens.shape) < probability)
@@ -66,6 +66,6 @@ def hide(
     return {
         **batch,
         "tokens": jnp.where(hidden, shown, tokens),
-        "targets": tokens,
+        "targets": jnp.where(tokens < vocab_size, tokens, 0),
         "loss_weights": hidden.astype(jnp.float32),
     }

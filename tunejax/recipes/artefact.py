@@ -75,7 +75,7 @@ def _open_peft(path: Path, changes: list[str]) -> Tuned:
 
 
 def open_base(config: schema.Config, num_labels: int | None = None) -> Tuned:
-    """The untuned model of a config: the method at its start, which changes nothing."""
+    """The untuned model of a config: the method at its start, which changes nothing (but virtual tokens are there)."""
     parts = assemble.parts(config, assemble.opened(config), num_labels=num_labels)
     loaded = assemble.load(parts)
     start = parts.method.init(jax.random.key(config.seed), loaded.params)

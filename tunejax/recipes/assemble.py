@@ -35,6 +35,11 @@ class Opened(NamedTuple):
     tokenizer: Any
     method: Method
 
+    @property
+    def prompt(self) -> tuple[int, ...]:
+        """Ids of the virtual tokens that every example begins with."""
+        return virtual_ids(self.method, self.model_config)
+
 
 class Parts(NamedTuple):
     """What a config names, built; no parameters yet. name: of the model, as the config gives it."""
@@ -48,6 +53,11 @@ class Parts(NamedTuple):
     model: Model
     objective: Objective
     mesh: jax.sharding.Mesh
+
+    @property
+    def prompt(self) -> tuple[int, ...]:
+        """Ids of the virtual tokens that every example begins with."""
+        return virtual_ids(self.method, self.model_config)
 
 
 class Loaded(NamedTuple):
@@ -67,7 +77,6 @@ def opened(config: schema.Config, method: Method | None = None) -> Opened:
 
     method: instead of the one that the config names.
     """
-    method = registry.build(config.method) if method is None else method
     folder = hf.resolve(locate.model(config.model.path))
     found = hf.read_config(folder)
     tokenizer = hf.tokenizer(locate.locate(config.model.tokenizer) if config.model.tokenizer else folder)
@@ -75,7 +84,20 @@ def opened(config: schema.Config, method: Method | None = None) -> Opened:
         raise errors.ConfigError(
             f"the tokenizer has {len(tokenizer)} tokens and the model {found.vocab_size}: it belongs to another model"
         )
+    if method is None:
+        method = registry.build(config.method, lambda text: list(tokenizer(text)["input_ids"]))
+    if config.data.max_length + method.prefix > found.max_positions:
+        raise errors.ConfigError(
+            f"data.max_length is {config.data.max_length}, {method.name} takes {method.prefix} positions before it, "
+            f"and {config.model.path} has {found.max_positions}: set data.max_length="
+            f"{found.max_positions - method.prefix}"
+        )
     return Opened(folder, model_shape(config, found, None), tokenizer, method)
+
+
+def virtual_ids(method: Method, model_config: ModelConfig) -> tuple[int, ...]:
+    """The ids of a method's virtual tokens: those after the vocabulary's."""
+    return tuple(range(model_config.vocab_size, model_config.vocab_size + method.prompt))
 
 
 def parts(config: schema.Config, from_: Opened, *, num_labels: int | None = None, mesh: Any = None) -> Parts:

@@ -38,7 +38,7 @@ def scores(tuned: artefact.Tuned) -> dict[str, Any]:
     config, parts = tuned.parts.config, tuned.parts
     if not config.data.eval_path:
         raise errors.ConfigError("no rows to evaluate on: set data.eval_path")
-    held_out = rows.read_held_out(config, parts.tokenizer, parts.model_config.kind)
+    held_out = rows.read_held_out(config, parts.tokenizer, parts.model_config.kind, parts.prompt)
     sizes = settings.batches(config, parts.mesh)
     one = step.make_step(parts.model, parts.method, parts.objective, optax.identity(), mesh=parts.mesh)
     now = state.TrainState(

@@ -10,7 +10,7 @@ import jax
 from tunejax.core import errors
 from tunejax.data import chat, options
 from tunejax.generate import decode, sampling, stop
-from tunejax.recipes import artefact, runtime, samples
+from tunejax.recipes import artefact, assemble, runtime, samples
 
 
 def main(args: argparse.Namespace) -> None:
@@ -65,27 +65,38 @@ def ids(tuned: artefact.Tuned, prompt: str, args: argparse.Namespace) -> list[in
         if data.template and not args.raw:
             prompt = options.FIELD.sub(lambda m: prompt if m[1] == "prompt" else m[0], data.template)
         found = tokenizer(prompt)["input_ids"]
-    limit = tuned.parts.model_config.max_positions
-    if len(found) >= limit:
-        raise errors.ConfigError(f"the prompt has {len(found)} tokens; the model has {limit} positions")
+    if room(tuned.parts, found) < 1:
+        taken, limit = taken_before(tuned.parts), tuned.parts.model_config.max_positions
+        beside = f", {taken} of them taken by {tuned.parts.method.name}" if taken else ""
+        raise errors.ConfigError(f"the prompt has {len(found)} tokens; the model has {limit} positions{beside}")
     return list(found)
+
+
+def taken_before(parts: assemble.Parts) -> int:
+    """Positions that the method takes before the prompt."""
+    return len(parts.prompt) + parts.method.prefix
+
+
+def room(parts: assemble.Parts, prompt: list[int]) -> int:
+    """Positions that are left after the prompt."""
+    return parts.model_config.max_positions - taken_before(parts) - len(prompt)
 
 
 def text(tuned: artefact.Tuned, prompt: list[int], how: sampling.Sampling, count: int, key: Any) -> Iterator[str]:
     """Pieces of the generated text as they become certain."""
     parts = tuned.parts
     stops = samples.stop_tokens(parts)
-    room = parts.model_config.max_positions - len(prompt)
     shown = stop.TextStream(parts.tokenizer, stop_tokens=stops)
     for row in decode.stream(
         parts.model,
         tuned.params,
         [prompt],
-        max_new_tokens=min(count, room),
+        max_new_tokens=min(count, room(parts, prompt)),
         sampling=how,
         stop_tokens=stops,
         pad_id=parts.tokenizer.pad_token_id or 0,
         key=key,
+        prompt=parts.prompt,
     ):
         yield shown.push(int(row[0]))
     yield shown.finish()

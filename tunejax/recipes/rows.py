@@ -48,8 +48,12 @@ class Loaders(NamedTuple):
     evaluation: Callable[[], Iterable] | None
 
 
-def read(config: schema.Config, tokenizer: Any, kind: str) -> Rows:
-    """Reads the sources of a config. kind: of the model, "encoder" or "decoder".
+def read(config: schema.Config, tokenizer: Any, kind: str, prompt: tuple[int, ...] = ()) -> Rows:
+    """Reads the sources of a config.
+
+    Args:
+      kind: of the model, "encoder" or "decoder".
+      prompt: ids that every example begins with.
 
     Raises:
       DataError: a bad row, or none; every one that is found is named by file and line.
@@ -57,15 +61,15 @@ def read(config: schema.Config, tokenizer: Any, kind: str) -> Rows:
     d = config.data
     sources = [corpora.Source(locate.locate(s.path), s.weight) for s in d.path]
     train = corpora.load(
-        sources, tokenizer, _options(config, kind), split=d.split, max_rows=d.max_rows, columns=d.columns,
+        sources, tokenizer, _options(config, kind, prompt), split=d.split, max_rows=d.max_rows, columns=d.columns,
         separator=d.separator,
     )  # fmt: skip
     return Rows(train, _held_out(config, tokenizer, train.options) if d.eval_path else None)
 
 
-def read_held_out(config: schema.Config, tokenizer: Any, kind: str) -> Rows:
+def read_held_out(config: schema.Config, tokenizer: Any, kind: str, prompt: tuple[int, ...] = ()) -> Rows:
     """Reads data.eval_path alone. Without data.labels the classes are those of its own rows."""
-    return Rows(None, _held_out(config, tokenizer, _options(config, kind)))
+    return Rows(None, _held_out(config, tokenizer, _options(config, kind, prompt)))
 
 
 def _held_out(config: schema.Config, tokenizer: Any, opts: options.Options) -> Corpus:
@@ -76,7 +80,7 @@ def _held_out(config: schema.Config, tokenizer: Any, opts: options.Options) -> C
     )  # fmt: skip
 
 
-def _options(config: schema.Config, kind: str) -> options.Options:
+def _options(config: schema.Config, kind: str, prompt: tuple[int, ...]) -> options.Options:
     d = config.data
     return options.Options(
         format=d.format,
@@ -91,6 +95,7 @@ def _options(config: schema.Config, kind: str) -> options.Options:
         labelled="first" if kind == "encoder" else "last",
         eos_token_id=d.eos_token_id,
         on_bad_row=d.on_bad_row,
+        prompt=prompt,
     )
 
 

@@ -101,6 +101,7 @@ def generator(parts: assemble.Parts, params: Any) -> Callable[[Any, Any], Any]:
             stop_tokens=stop_tokens(parts),
             pad_id=parts.tokenizer.pad_token_id or 0,
             key=jax.random.key(parts.config.seed),
+            prompt=parts.prompt,
         )
 
     return generate

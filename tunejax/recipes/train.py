@@ -42,7 +42,7 @@ def run(config: schema.Config) -> dict[str, Any]:
     mesh = sharding.make_mesh(**config.mesh.model_dump())
     sizes = settings.batches(config, mesh)
     opened = assemble.opened(config)
-    data = rows.read(config, opened.tokenizer, opened.model_config.kind)
+    data = rows.read(config, opened.tokenizer, opened.model_config.kind, opened.prompt)
     parts = assemble.parts(config, opened, num_labels=len(data.labels), mesh=mesh)
     loaders = rows.loaders(config, data, sizes, parts.tokenizer)
     total = settings.total_steps(config, loaders.train.plan.steps)
