@@ -57,7 +57,7 @@ def config(args: argparse.Namespace) -> Any:
 
 
 def report(side: str, args: argparse.Namespace, steps: list[dict[str, float]], **figures: float) -> None:
-    """Prints one JSON line, its figures to six decimals: tunejax's are float32. steps: loss and learning_rate of each."""
+    """Prints one JSON line, figures to six decimals (tunejax's are float32). steps: loss and learning_rate of each."""
     curves = {"losses": [round(s["loss"], 7) for s in steps], "rates": [s["learning_rate"] for s in steps]}
     head = {"side": side, "method": args.method, "seed": args.seed, "steps": len(steps)}
     figures = {name: round(x, 6) for name, x in figures.items()}

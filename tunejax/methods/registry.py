@@ -92,8 +92,8 @@ def build(
     return methods.chain(*(_one(s, tokenize) for s in listed))
 
 
-def _one(spec: Mapping[str, Any] | str) -> Method:
-    name, factory, given, _ = _called(spec)
+def _one(spec: Mapping[str, Any] | str, tokenize: Callable[[str], list[int]] | None) -> Method:
+    name, factory, given, _ = _called(spec, tokenize)
     made = factory(**given)
     if not isinstance(made, Method):
         raise errors.ConfigError(f"method {name!r}: the function returned {type(made).__name__}, not a Method")
@@ -107,25 +107,20 @@ def resolved(spec: Mapping[str, Any] | str) -> tuple[str, dict[str, Any], Module
     return name, {**defaults, **given}, module
 
 
-def _called(spec: Mapping[str, Any] | str) -> tuple[str, Callable[..., Method], dict[str, Any], ModuleType]:
+def _called(
+    spec: Mapping[str, Any] | str, tokenize: Callable[[str], list[int]] | None = None
+) -> tuple[str, Callable[..., Method], dict[str, Any], ModuleType]:
     """(name, factory, checked arguments, module)."""
-
-
-def _one(spec: Mapping[str, Any] | str, tokenize: Callable[[str], list[int]] | None) -> Method:
     spec = {"name": spec} if isinstance(spec, str) else dict(spec)
     name = spec.pop("name", None)
     if not isinstance(name, str):
         raise errors.ConfigError(f"method: expected a mapping with a name, such as {{name: lora}}, found {spec}")
     factory, module = find(name)
-    return name, factory, arguments(name, factory, _renamed(name, spec, getattr(module, "ALIASES", {}))), module
     given = _renamed(name, spec, getattr(module, "ALIASES", {}))
     for key in getattr(module, "TEXTS", ()):
         if tokenize is not None and isinstance(given.get(key), str):
             given[key] = tokenize(given[key])
-    made = factory(**arguments(name, factory, given))
-    if not isinstance(made, Method):
-        raise errors.ConfigError(f"method {name!r}: the function returned {type(made).__name__}, not a Method")
-    return made
+    return name, factory, arguments(name, factory, given), module
 
 
 def find(name: str) -> tuple[Callable[..., Method], ModuleType]:
