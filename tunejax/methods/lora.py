@@ -52,7 +52,9 @@ def lora_fa(
     rslora: bool = False,
     layers: str | int | None = None,
 ) -> Method:
-    """LoRA whose A stays as it was drawn: it lies in ``state``, and B alone trains. Arguments are those of `lora`.
+    """LoRA whose A stays as it was drawn: it lies in ``state``, and B alone trains (arXiv:2308.03303).
+
+    Arguments are those of `lora`.
 
     Raises:
       ConfigError, TargetError: as `lora`.
@@ -69,7 +71,9 @@ def lora_plus(
     layers: str | int | None = None,
     ratio: float = 16.0,
 ) -> Method:
-    """LoRA whose B has ``ratio`` times the learning rate. The other arguments are those of `lora`.
+    """LoRA whose B has ``ratio`` times the learning rate (arXiv:2402.12354).
+
+    The other arguments are those of `lora`.
 
     Raises:
       ConfigError: a ratio that is not positive; otherwise as `lora`.

@@ -29,7 +29,9 @@ def pissa(
     rslora: bool = False,
     layers: str | int | None = None,
 ) -> Method:
-    """LoRA from the leading singular triplets of each kernel: scale · A0 B0 is its best approximation of that rank.
+    """LoRA from the leading singular triplets of each kernel (arXiv:2404.02948).
+
+    scale · A0 B0 is then the kernel's best approximation of that rank.
 
     Args:
       targets: globs over kernels; every linear layer of the stack unless told.
@@ -60,7 +62,9 @@ def olora(
     rslora: bool = False,
     layers: str | int | None = None,
 ) -> Method:
-    """LoRA from a QR decomposition of each transposed kernel [out, in]: B0 has orthonormal rows. Arguments: `pissa`.
+    """LoRA from a QR decomposition of each transposed kernel (arXiv:2406.01775): B0 has orthonormal rows.
+
+    The kernel is read as [out, in]. Arguments are those of `pissa`.
 
     Raises:
       ConfigError, TargetError: as `pissa`.

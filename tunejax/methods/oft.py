@@ -154,7 +154,7 @@ def boft(
     factors: int = 1,
     layers: str | int | None = None,
 ) -> Method:
-    """Rotates each kernel's input by a product of butterfly factors, and scales its output.
+    """Rotates each kernel's input by a product of butterfly factors, and scales its output (arXiv:2311.06243).
 
     Args:
       targets: globs over kernels; every linear layer of the stack unless told.
