@@ -67,7 +67,7 @@ def lokr(
     factor: int = -1,
     layers: str | int | None = None,
 ) -> Method:
-    """Trains a Kronecker product beside each kernel, the larger factor low-rank where that is smaller (arXiv:2309.14859).
+    """Trains a Kronecker product beside each kernel, the larger factor low-rank where smaller (arXiv:2309.14859).
 
     Args:
       targets: globs over kernels; every linear layer of the stack unless told.
