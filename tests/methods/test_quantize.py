@@ -9,7 +9,7 @@ import trains
 
 from tunejax.core import errors, operators, paths
 from tunejax.core.method import Context, apply_edits
-from tunejax.methods import quantize, registry
+from tunejax.methods import quantize, registry, report
 from tunejax.models import build
 from tunejax.objectives import causal_lm
 from tunejax.train import optimizer, sharding, state, step
@@ -133,3 +133,10 @@ def test_after_a_wrapper_it_is_refused():
     method = registry.build([{"name": "lora", "rank": 2}, {"name": "quantize"}])
     with pytest.raises(errors.TargetError, match="put quantize first"):
         method.init(jax.random.key(0), tiny.params())
+
+
+def test_the_report_says_what_is_rewritten():
+    method, params = qlora(), tiny.params()
+    first, second = report.describe(method, params, method.init(jax.random.key(0), params)).entries
+    assert (first.method, first.leaves, first.parameters) == ("quantize", 7, 0)
+    assert (second.method, second.leaves) == ("lora", 7)

@@ -57,7 +57,8 @@ def describe(method: Method, params: Params, start: Start) -> Report:
     entries: list[Entry] = []
     warnings: list[str] = []
     for name, part, train in _parts(method, start):
-        sizes = _sizes(train, flat)
+        # A method that trains nothing is described by what it rewrites.
+        sizes = _sizes(train, flat) or {p: 0 for p, leaf in start.edits.items() if leaf is not None}
         restricted = bool(part.cuts(sum(s.size for s in paths.segments(params))))
         for pattern in part.targets or ("(by itself)",):
             entry = _entry(name, pattern, sizes, flat, layer_of)
