@@ -16,7 +16,7 @@ TABLE: tuple[tuple[str, Axes], ...] = (
     ("mlp/{gate,up}/bias", ("mlp",)),
     ("mlp/down/kernel", ("mlp", "embed")),
     ("attention/{q_norm,k_norm}/scale", (None,)),
-    ("attention/prefix", (None, None, None)),
+    ("attention/prefix", (None, "kv")),
     ("/layers/*/gate", ()),
     ("pooler/kernel", ("embed", None)),
     ("mlm/dense/kernel", ("embed", None)),

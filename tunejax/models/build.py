@@ -62,7 +62,7 @@ def build(
         taps: Sequence[str] = (),
         key: Any = None,
     ) -> tuple[jax.Array, dict[str, Any]]:
-        where = view.where(batch)
+        where = view.where(batch, stack.prefix_length(params["layers"]))
         cache = None if cache is None else caches.enter(cache, where)
         keys = (None, None) if key is None or config.dropout == 0.0 else jax.random.split(key)
         ends = outer.merge({name: value for name, value in params.items() if name != "layers"})

@@ -117,6 +117,7 @@ class Attention(nnx.Module):
         if cache is not None:
             cache = {"k": view.write(cache["k"], k), "v": view.write(cache["v"], v)}
             k, v = cache["k"].astype(q.dtype), cache["v"].astype(q.dtype)
+        prefix = self.prefix.get_value()
         out = sites.attention(
             q,
             k,
@@ -125,7 +126,7 @@ class Attention(nnx.Module):
             view.kv_where,
             causal=view.causal,
             window=c.sliding_window,
-            prefix=self.prefix.get_value(),
+            prefix=prefix and tuple(p.reshape(len(p), -1, c.head_dim) for p in prefix),
             seen=view.seen,
         )
         return self.o(out.reshape(*x.shape[:2], -1)), cache

@@ -63,6 +63,12 @@ def init(block: Blueprint, sizes: Sequence[int], key: Any) -> Params:
     return out
 
 
+def prefix_length(layers: Mapping[str, Params]) -> int:
+    """How many trained keys stand before the text, in the layer that has the most."""
+    filled = [p for segment in layers.values() if (p := segment["attention"]["prefix"]) is not None]
+    return max((next(iter(p)).shape[1] for p in filled), default=0)
+
+
 def run(
     block: Blueprint,
     layers: Mapping[str, Params],

@@ -37,15 +37,18 @@ def write(old: jax.Array, new: jax.Array, index: Any) -> jax.Array:
     return jax.lax.dynamic_update_slice(old, new.astype(old.dtype), start)
 
 
-def where(batch: Mapping[str, jax.Array]) -> sites.Where:
-    """Where a batch's tokens stand; without segment_ids all are real, without positions they count from 0."""
+def where(batch: Mapping[str, jax.Array], before: int = 0) -> sites.Where:
+    """Where a batch's tokens stand; without segment_ids all are real, without positions they count from 0.
+
+    before: positions that a prefix takes; all tokens stand as many further on.
+    """
     tokens = batch["tokens"]
     segment_ids = batch.get("segment_ids")
     segment_ids = jnp.ones_like(tokens) if segment_ids is None else segment_ids
     positions = batch.get("positions")
     if positions is None:
         positions = jnp.maximum(jnp.cumsum(segment_ids > 0, axis=1) - 1, 0)
-    return sites.Where(positions, segment_ids)
+    return sites.Where(positions + before, segment_ids)
 
 
 def make(config: ModelConfig, q_where: sites.Where, cache: Mapping[str, Any] | None) -> View:
