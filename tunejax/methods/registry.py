@@ -45,6 +45,7 @@ NAMES: dict[str, str] = {
     "said": "tunejax.methods.said:said",
     "loreft": "tunejax.methods.reft:loreft",
     "prompt_tuning": "tunejax.methods.prompt_tuning:prompt_tuning",
+    "p_tuning": "tunejax.methods.p_tuning:p_tuning",
     "prefix_tuning": "tunejax.methods.prefix:prefix_tuning",
     "p_tuning_v2": "tunejax.methods.prefix:p_tuning_v2",
 }
