@@ -63,6 +63,9 @@ def test_what_does_not_fit_is_told(world, tmp_path, capsys):
     assert "expected at most max_length=16 less 9 virtual tokens" in capsys.readouterr().err
     assert cli.main(["export", str(world / "run"), "--output", str(tmp_path / "merged")]) == 2
     assert "embed/table: 3 virtual tokens" in capsys.readouterr().err
+    long = ["method={name: prefix_tuning, length: 50}", out]
+    assert cli.main(["validate", str(world / "my.yaml"), *long]) == 2
+    assert "prefix_tuning takes 50 positions before it" in capsys.readouterr().err
     prompt = " ".join(["cat"] * 61)
     assert cli.main(["generate", str(world / "run"), "--prompt", prompt]) == 2
     assert "61 tokens; the model has 64 positions, 3 of them taken by prompt_tuning" in capsys.readouterr().err

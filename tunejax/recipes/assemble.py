@@ -86,13 +86,14 @@ def opened(config: schema.Config, method: Method | None = None) -> Opened:
         )
     if method is None:
         method = registry.build(config.method, lambda text: list(tokenizer(text)["input_ids"]))
+    shape = model_shape(config, found, None)
     if config.data.max_length + method.prefix > found.max_positions:
         raise errors.ConfigError(
             f"data.max_length is {config.data.max_length}, {method.name} takes {method.prefix} positions before it, "
             f"and {config.model.path} has {found.max_positions}: set data.max_length="
             f"{found.max_positions - method.prefix}"
         )
-    return Opened(folder, model_shape(config, found, None), tokenizer, method)
+    return Opened(folder, shape, tokenizer, method)
 
 
 def virtual_ids(method: Method, model_config: ModelConfig) -> tuple[int, ...]:
