@@ -1,6 +1,7 @@
 """Adapter folders of HF PEFT, both ways: what one library wrote the other reads, with the same logits."""
 
 import json
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -75,7 +76,8 @@ def their_logits(model):
 
 def our_logits(config, head, cuts, params):
     model = build.build(config, head=head, cuts=cuts)
-    logits = model.logits(model.head(params), model.hidden(params, full_batch(jnp.asarray(TOKENS)))[0])
+    run = jax.jit(lambda p: model.logits(model.head(p), model.hidden(p, full_batch(jnp.asarray(TOKENS)))[0]))
+    logits = run(params)
     return np.asarray(logits[:, 0] if head == "classification" else logits)
 
 
@@ -90,7 +92,7 @@ def randomised(model):
 
 
 def read(folder, base_folder, head):
-    """(logits of the adapter read here, what `peft_read` found)."""
+    """(logits of the adapter read here, what `peft_read` found, what trains of it by site)."""
     config = hf.read_config(base_folder)
     found = peft_read.read(folder, config, head=head)
     method = registry.build(found.specs)
@@ -100,7 +102,14 @@ def read(folder, base_folder, head):
     train = peft_read.trained(found, method, start.train, cuts)
     assert jax.tree.map(jnp.shape, train) == jax.tree.map(jnp.shape, start.train)
     params = apply_edits(params, start.edits)
-    return our_logits(config, head, cuts, method.bind(params, train, start.state, Context())), found
+    state = peft_read.state_of(found, method, start.state)
+    return our_logits(config, head, cuts, method.bind(params, train, state, Context())), found, by_site(method, train)
+
+
+def by_site(method, train):
+    """Arrays by path and name, whatever parts a chain has."""
+    parts = list(train.values()) if method.parts else [train]
+    return {p: x for part in parts for p, x in part.items()}
 
 
 TARGETS = {
@@ -127,7 +136,7 @@ def test_theirs_is_read(base, kind, tmp_path):
     config = peft.LoraConfig(target_modules=TARGETS[family], task_type=task, fan_in_fan_out=fused, **options)
     theirs = randomised(peft.get_peft_model(their_model(folder, head), config))
     theirs.save_pretrained(tmp_path)
-    found, _ = read(tmp_path, folder, head)
+    found, _, _ = read(tmp_path, folder, head)
     np.testing.assert_allclose(found, their_logits(theirs), atol=1e-5, rtol=1e-5)
 
 
@@ -157,9 +166,82 @@ def test_ours_is_written_and_read_back(base, kind, tmp_path):
     ours.write(tmp_path, tuned, config, head=head, base_name=str(folder))
     theirs = peft.PeftModel.from_pretrained(their_model(folder, head), tmp_path).eval()
     np.testing.assert_allclose(their_logits(theirs), mine, atol=1e-5, rtol=1e-5)
-    again, found = read(tmp_path, folder, head)
+    again, found, _ = read(tmp_path, folder, head)
     np.testing.assert_allclose(again, mine, atol=1e-5, rtol=1e-5)
     assert found.base == str(folder)
+
+
+KINDS = {
+    "dora": ("LoraConfig", {"r": 3, "lora_alpha": 5, "use_dora": True}, {"rank": 3, "alpha": 5.0}),
+    "ia3": ("IA3Config", {"feedforward_modules": "F"}, {}),
+    "loha": ("LoHaConfig", {"r": 2, "alpha": 3}, {"rank": 2, "alpha": 3.0}),
+    "lokr": (
+        "LoKrConfig",
+        {"r": 1, "alpha": 2, "decompose_both": True, "decompose_factor": 4},
+        {"rank": 1, "alpha": 2.0, "decompose_both": True, "factor": 4},
+    ),
+    "krona": (None, {}, {"alpha": 0.7}),
+    "vera": ("VeraConfig", {"r": 5, "projection_prng_key": 3}, {"rank": 5, "seed": 3}),
+    "oft": ("OFTConfig", {"oft_block_size": 4, "use_cayley_neumann": False}, {"block_size": 4, "neumann": False}),
+    "boft": ("BOFTConfig", {"boft_block_size": 4}, {"block_size": 4}),
+    "adalora": (
+        "AdaLoraConfig",
+        {"init_r": 4, "target_r": 2, "total_step": 20, "tinit": 3, "deltaT": 2, "lora_alpha": 3},
+        {"rank": 4, "target_rank": 2, "total_steps": 20, "warmup_steps": 3, "every": 2, "alpha": 3.0},
+    ),
+}
+"""Method -> (PEFT's config, its entries, our arguments)."""
+FEEDFORWARD = {"llama": ["down_proj"], "bert": ["output.dense"]}
+SMALL = pytest.mark.parametrize("base", sorted(FEEDFORWARD), indirect=True)
+
+
+@SMALL
+@pytest.mark.filterwarnings("ignore:Failed to load the CUDA extension", "ignore:Setting boft_n_butterfly_factor")
+@pytest.mark.parametrize("kind", [k for k, (theirs, _, _) in KINDS.items() if theirs])
+def test_every_kind_of_theirs_is_read(base, kind, tmp_path):
+    folder, head = base
+    family = hf.read_config(folder).family
+    name, entries, arguments = KINDS[kind]
+    entries = {k: FEEDFORWARD[family] if v == "F" else v for k, v in entries.items()}
+    task = "SEQ_CLS" if head == "classification" else "CAUSAL_LM"
+    torch.manual_seed(1)
+    config = getattr(peft, name)(target_modules=TARGETS[family], task_type=task, **entries)
+    theirs = peft.get_peft_model(their_model(folder, head), config).eval()
+    with torch.no_grad():
+        for p in theirs.parameters():
+            if p.requires_grad:
+                p.add_(0.1 * torch.randn_like(p))
+    theirs.save_pretrained(tmp_path)
+    logits, found, _ = read(tmp_path, folder, head)
+    np.testing.assert_allclose(logits, their_logits(theirs), atol=1e-5, rtol=1e-5)
+    assert arguments.items() <= found.specs[0].items()
+    assert found.specs[0]["name"] == kind
+
+
+@SMALL
+@pytest.mark.filterwarnings("ignore:Failed to load the CUDA extension", "ignore:Setting boft_n_butterfly_factor")
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_ours_is_written_and_read_back(base, kind, tmp_path):
+    folder, head = base
+    config = hf.read_config(folder)
+    spec = {"name": kind, "targets": ["attention/{q,v}/kernel", "mlp/down/kernel"], **KINDS[kind][2]}
+    method = registry.build(spec)
+    params, _ = hf.load(folder, config, head=head)
+    start = method.init(jax.random.key(0), params)
+    rng = np.random.default_rng(2)
+    train = jax.tree.map(lambda x: x + jnp.asarray(0.1 * rng.standard_normal(x.shape), jnp.float32), start.train)
+    mine = our_logits(config, head, (), method.bind(params, train, start.state, Context()))
+    tuned = ours.Tuned([spec], method, params, train, start.state)
+    ours.write(tmp_path, tuned, config, head=head, base_name=str(folder))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "Unexpected keyword arguments")
+        warnings.filterwarnings("error", ".*retrain")
+        theirs = peft.PeftModel.from_pretrained(their_model(folder, head), tmp_path).eval()
+    np.testing.assert_allclose(their_logits(theirs), mine, atol=1e-5, rtol=1e-5)
+    again, _, arrays = read(tmp_path, folder, head)
+    np.testing.assert_allclose(again, mine, atol=1e-5, rtol=1e-5)
+    back = {p: arrays[p] for p in train}
+    jax.tree.map(np.testing.assert_array_equal, back, train)
 
 
 @pytest.fixture

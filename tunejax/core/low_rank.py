@@ -26,6 +26,9 @@ ALIASES = {
 }
 """What PEFT calls it -> what it is in every low-rank method here."""
 
+ENTRIES = {"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout", "rslora": "use_rslora"}
+"""Argument -> its entry in PEFT's LoraConfig."""
+
 AXES: dict[str, tuple[str | None, ...]] = {"a": ("in", None), "b": (None, "out")}
 """`core.method.per_site`'s ``axes`` of the factors."""
 
@@ -176,7 +179,9 @@ def _fuse(
 PEFT = portable.Form(
     "LORA",
     write=lambda arrays: {"lora_A.weight": arrays["a"].T, "lora_B.weight": arrays["b"].T},
-    read=lambda tensors: {"a": tensors["lora_A.weight"].T, "b": tensors["lora_B.weight"].T},
+    read=lambda tensors, _: {"a": tensors["lora_A.weight"].T, "b": tensors["lora_B.weight"].T},
+    entries=ENTRIES,
+    patterns=True,
     fuse=_fuse,
     split=lambda arrays, i, of: {"a": arrays["a"], "b": np.split(arrays["b"], of, axis=1)[i]},
 )

@@ -1,22 +1,39 @@
 """How a method is kept in the adapter folders of other libraries: plain data that a method's module declares."""
 
 from collections.abc import Callable, Mapping, Sequence
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
 
 Arrays = Mapping[str, np.ndarray]
+Arguments = Mapping[str, Any]
+
+
+def _same(arguments: Arguments, sites: Sequence[Arrays]) -> dict[str, Any]:
+    return dict(arguments)
 
 
 class Form(NamedTuple):
-    """How HF PEFT keeps a method, one layer of one site at a time; a method's module calls it ``PEFT``.
+    """How HF PEFT keeps a method, one layer of one site at a time. A method's module calls it ``PEFT``; where several
+    methods share the module and differ there, that is a mapping from their names.
 
-    Invariant: ``read(write(arrays)) == arrays``.
+    Invariant: ``read(write(arrays), arguments)`` computes what ``arrays`` do, and equals them unless ``written`` says
+    that PEFT knows the method as another.
 
     peft_type: of adapter_config.json.
     write:     (arrays of the site by name) -> tensors by the end of their names there ("lora_A.weight").
-    read:      the inverse.
-    flags:     entries of adapter_config.json that set it apart from others of its type.
+    read:      (tensors, arguments) -> arrays; None: what is written is read as another method.
+    entries:   argument -> its entry in adapter_config.json; an argument without one is not written, and must be equal
+               in all that one folder holds.
+    flags:     entries that set it apart from others of its type.
+    patterns:  whether PEFT lets rank and alpha differ from module to module.
+    plain:     whether PEFT has it for modules that keep kernels as [in, out] (GPT-2's).
+    ignored:   entries that change nothing, or are answered by the tensors.
+    written:   (arguments, arrays of each site, layers first) -> the arguments as PEFT has them.
+    found:     (arrays of one module, as read) -> arguments that follow from them, one module at a time.
+    settings:  (arrays by module) -> further entries.
+    write_shared, read_shared: as write and read, of what all sites share: tensors by name after "base_model.".
     fuse:      (arrays of each part or None, output widths, arguments) -> (arrays, changed arguments) of the one kernel
                that a checkpoint keeps for several (GPT-2's c_attn), or None where the method has no such form.
     split:     (arrays, index of the part, number of parts) -> arrays of that part.
@@ -24,7 +41,22 @@ class Form(NamedTuple):
 
     peft_type: str
     write: Callable[[Arrays], dict[str, np.ndarray]]
-    read: Callable[[Arrays], dict[str, np.ndarray]]
+    read: Callable[[Arrays, Arguments], dict[str, np.ndarray]] | None
+    entries: Mapping[str, str] = {}
     flags: Mapping[str, Any] = {}
-    fuse: Callable[[Sequence[Arrays | None], Sequence[int], Mapping[str, Any]], tuple[Arrays, dict]] | None = None
+    patterns: bool = False
+    plain: bool = True
+    ignored: frozenset[str] = frozenset()
+    written: Callable[[Arguments, Sequence[Arrays]], dict[str, Any]] = _same
+    found: Callable[[Arrays], dict[str, Any]] = lambda arrays: {}
+    settings: Callable[[Mapping[str, Arrays]], dict[str, Any]] = lambda modules: {}
+    write_shared: Callable[[Arrays], dict[str, np.ndarray]] | None = None
+    read_shared: Callable[[Arrays], dict[str, np.ndarray]] | None = None
+    fuse: Callable[[Sequence[Arrays | None], Sequence[int], Arguments], tuple[Arrays, dict]] | None = None
     split: Callable[[Arrays, int, int], Arrays] | None = None
+
+
+def form_of(module: ModuleType, name: str) -> Form | None:
+    """The form of a method in that module, by its name or as "place:name"; None where it has none."""
+    declared = getattr(module, "PEFT", None)
+    return declared.get(name.rpartition(":")[2]) if isinstance(declared, Mapping) else declared

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tunejax.core import errors, operators, paths, portable
-from tunejax.core.method import Method
+from tunejax.core.method import SHARED, Method
 from tunejax.core.paths import Params
 from tunejax.interop import modules
 from tunejax.interop.modules import Place, Site
@@ -21,6 +21,8 @@ from tunejax.methods import registry
 from tunejax.models.config import ModelConfig
 
 CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
+SHARED_PREFIX = "base_model."
+"""Of tensors that belong to no module of the base."""
 TASKS = {"lm": "CAUSAL_LM", "classification": "SEQ_CLS"}
 HEADS = {"classification": ("/classifier/*", "/head/kernel")}
 """What PEFT saves with every adapter for that task, trained or not."""
@@ -57,7 +59,6 @@ def write(folder: Path, tuned: Tuned, config: ModelConfig, *, head: str, base_na
         )
     settings |= {
         "base_model_name_or_path": base_name,
-        "bias": "none",
         "inference_mode": True,
         "modules_to_save": kept or None,
         "task_type": TASKS.get(head),
@@ -73,8 +74,8 @@ class _Part(NamedTuple):
     name: str
     form: portable.Form
     arguments: dict[str, Any]
-    aliases: Mapping[str, str]
-    sites: Mapping[str, Mapping[str, Any]]
+    sites: Mapping[str, portable.Arrays]
+    shared: portable.Arrays
 
 
 def _parts(tuned: Tuned) -> tuple[list[_Part], dict[str, Any]]:
@@ -90,10 +91,12 @@ def _parts(tuned: Tuned) -> tuple[list[_Part], dict[str, Any]]:
         key = f"{i}:{m.name}"
         train, state = (t[key] if tuned.method.parts else t for t in (tuned.train, tuned.state))
         name, arguments, module = registry.resolved(spec)
-        form = getattr(module, "PEFT", None)
+        form = portable.form_of(module, name)
         if form is not None:
-            sites = {p: {**state.get(p, {}), **arrays} for p, arrays in train.items()}
-            adapters.append(_Part(name, form, arguments, getattr(module, "ALIASES", {}), sites))
+            sites = {p: _host({**state.get(p, {}), **arrays}) for p, arrays in train.items()}
+            shared = {**_host(state.get(SHARED, {})), **sites.pop(SHARED, {})}
+            written = form.written(arguments, list(sites.values()))
+            adapters.append(_Part(name, form, written, sites, shared))
         elif isinstance(train, Mapping) and all(operators.is_array(x) for x in train.values()) and not state:
             whole.update(train)
         else:
@@ -108,35 +111,52 @@ def _adapter(
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """(tensors by key, settings) of adapters of one kind; their ranks and alphas may differ."""
     first = parts[0]
-    fixed = {k: v for k, v in first.arguments.items() if k not in (*PATTERNS, "targets", "layers")}
+    form = first.form
+    patterned = {k: p for k, p in PATTERNS.items() if form.patterns and k in form.entries}
+    fixed = {k: v for k, v in first.arguments.items() if k not in (*patterned, "targets", "layers")}
     tensors: dict[str, np.ndarray] = {}
     patterns: dict[str, dict[str, Any]] = {}
-    targeted, plain = [], set()
+    targeted: dict[str, portable.Arrays] = {}
+    plain = set()
     for part in parts:
-        if part.form is not first.form or any(part.arguments[k] != v for k, v in fixed.items()):
+        if part.form is not form or any(part.arguments[k] != v for k, v in fixed.items()):
             raise errors.ConfigError(
                 f"PEFT keeps one kind of adapter in a folder; here are {first.name} and {part.name}"
             )
+        if not _equal(part.shared, first.shared):
+            raise errors.ConfigError(f"PEFT keeps one set of what all sites share; the {len(parts)} parts differ in it")
         for module, group in _grouped(part, places, base).items():
             arrays, changed = _fused(part, group, module)
-            tensors.update({f"{PREFIX}{module}.{k}": x for k, x in part.form.write(arrays).items()})
-            targeted.append(module)
+            tensors.update({f"{PREFIX}{module}.{k}": x for k, x in form.write(arrays).items()})
+            targeted[module] = arrays
             plain.add(not group[0].place.transpose)
-            for name, key in PATTERNS.items():
+            for name, key in patterned.items():
                 value = {**part.arguments, **changed}.get(name)
                 if value != first.arguments.get(name):
                     patterns.setdefault(key, {})[module] = value
-    theirs = {ours: theirs for theirs, ours in first.aliases.items()}
-    settings = {theirs.get(k, k): v for k, v in first.arguments.items() if k not in ("targets", "layers")}
-    settings |= {"peft_type": first.form.peft_type, "target_modules": targeted, **first.form.flags, **patterns}
+    if True in plain and not form.plain:
+        raise errors.ConfigError(f"PEFT has no {first.name} for this model's modules, which keep kernels as [in, out]")
+    if first.shared and form.write_shared is not None:
+        tensors.update({SHARED_PREFIX + k: x for k, x in form.write_shared(first.shared).items()})
+    settings = {theirs: first.arguments[k] for k, theirs in form.entries.items()}
+    settings |= {"peft_type": form.peft_type, "target_modules": list(targeted), **form.flags, **patterns}
+    settings |= form.settings(targeted)
     return tensors, settings | ({"fan_in_fan_out": True} if plain == {True} else {})
+
+
+def _host(arrays: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    return {k: np.asarray(x, np.float32) for k, x in arrays.items() if operators.is_array(x)}
+
+
+def _equal(one: portable.Arrays, other: portable.Arrays) -> bool:
+    return one.keys() == other.keys() and all(np.array_equal(x, other[k]) for k, x in one.items())
 
 
 class _Layer(NamedTuple):
     """One layer of a site: its arrays there, and the width of its kernel."""
 
     place: Place
-    arrays: dict[str, np.ndarray]
+    arrays: portable.Arrays
     width: int
 
 
@@ -146,11 +166,10 @@ def _grouped(part: _Part, places: Mapping[Site, Place], base: Params) -> dict[st
     out: dict[str, list[_Layer]] = {}
     for path, arrays in part.sites.items():
         ours, first = modules.canonical(path, starts)
-        host = {k: np.asarray(x, np.float32) for k, x in arrays.items()}
         shape = paths.get(base, path).shape
         for row in range(shape[0] if first >= 0 else 1):
             place = places[Site(ours, first + row if first >= 0 else modules.OUTSIDE)]
-            one = {k: x[row] for k, x in host.items()} if first >= 0 else host
+            one = {k: x[row] for k, x in arrays.items()} if first >= 0 else arrays
             out.setdefault(place.module, []).append(_Layer(place, one, shape[-1]))
     return out
 

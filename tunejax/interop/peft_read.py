@@ -1,5 +1,6 @@
 """Adapter folders of HF PEFT, read: into the methods of a config and the arrays that they train."""
 
+import inspect
 import json
 import re
 from collections.abc import Mapping
@@ -10,10 +11,10 @@ import jax
 import numpy as np
 
 from tunejax.core import errors, operators, portable
-from tunejax.core.method import Method
+from tunejax.core.method import SHARED, Method
 from tunejax.interop import modules
 from tunejax.interop.modules import Place, Site
-from tunejax.interop.peft import CONFIG, PATTERNS, PREFIX, WEIGHTS
+from tunejax.interop.peft import CONFIG, PATTERNS, PREFIX, SHARED_PREFIX, WEIGHTS
 from tunejax.methods import registry
 from tunejax.models.config import ModelConfig
 
@@ -32,11 +33,13 @@ class Found(NamedTuple):
     """An adapter. specs: its methods, as in a config; base: name of its base model; arrays: for `trained`.
 
     arrays: one mapping a spec: (path without segment, layer) -> arrays by name, or a whole value under "".
+    shared: arrays that all sites share, as large as any of them needs.
     """
 
     specs: list[dict[str, Any]]
     base: str
     arrays: list[dict[Site, dict[str, np.ndarray]]]
+    shared: dict[str, np.ndarray] = {}  # noqa: RUF012
 
 
 def is_adapter(folder: str | Path) -> bool:
@@ -52,32 +55,44 @@ def read(folder: Path, config: ModelConfig, *, head: str) -> Found:
         tensor that has no place in this model; each is named.
     """
     found = settings(folder)
-    name, module = _method(found)
-    form: portable.Form = module.PEFT
-    given = _arguments(name, found, getattr(module, "ALIASES", {}), form)
-    by_module, whole = _sorted(folder, config, head)
-    groups: dict[tuple, dict[Site, dict[str, np.ndarray]]] = {}
+    name, form = _method(found)
+    assert form.read is not None
+    given = _arguments(name, found, form)
+    by_module, whole, common = _sorted(folder, config, head, form)
+    groups: dict[str, tuple[dict[str, Any], dict[Site, dict[str, np.ndarray]]]] = {}
     for key, (site_places, tensors) in by_module.items():
+        own = {a: _of(found, p, key, given[a]) for a, p in PATTERNS.items() if form.patterns and a in given}
         try:
-            arrays = form.read(tensors)
+            arrays = form.read(tensors, {**given, **own})
         except KeyError as e:
             raise errors.CheckpointError(f"{folder / WEIGHTS}: {key} has no {e}; found {', '.join(tensors)}") from None
-        own = tuple((a, _of(found, p, key, given[a])) for a, p in PATTERNS.items() if a in given)
+        own |= form.found(arrays)
         for site, place in site_places.items():
             i, of = place.part
             split = arrays if of == 1 else _split(form, arrays, i, of, name, key)
-            groups.setdefault(own, {})[site] = dict(split)
+            groups.setdefault(json.dumps(own, sort_keys=True), (own, {}))[1][site] = dict(split)
     specs, out = [], []
-    for own, sites in groups.items():
+    for own, sites in groups.values():
         for layers, some in _by_layers(sites, config.num_layers).items():
             targets = _globs(some)
             where = {"layers": f"{layers[0]}:{layers[1]}"} if layers not in (None, (0, config.num_layers)) else {}
-            specs.append({"name": name, **given, **dict(own), "targets": targets, **where})
+            specs.append({"name": name, **given, **own, "targets": targets, **where})
             out.append(some)
     if whole:
         specs.append({"name": "full", "targets": _globs(whole)})
         out.append({s: {"": x} for s, x in whole.items()})
-    return Found(specs, str(found.get("base_model_name_or_path") or ""), out)
+    return Found(specs, str(found.get("base_model_name_or_path") or ""), out, _shared(folder, common, form))
+
+
+def _shared(folder: Path, tensors: Mapping[str, np.ndarray], form: portable.Form) -> dict[str, np.ndarray]:
+    if form.read_shared is None:
+        return {}
+    try:
+        return dict(form.read_shared(tensors))
+    except KeyError as e:
+        raise errors.CheckpointError(
+            f"{folder / WEIGHTS} has no {e}, which all its modules share; save it together with what they share"
+        ) from None
 
 
 def _globs(sites: Mapping[Site, Any]) -> list[str]:
@@ -94,6 +109,9 @@ def trained(found: Found, method: Method, train: Any, cuts: tuple[int, ...]) -> 
     def one(arrays: dict[Site, dict[str, np.ndarray]], part: Mapping[str, Any]) -> dict[str, Any]:
         out: dict[str, Any] = {}
         for path, like in part.items():
+            if path == SHARED:
+                out[path] = _cut(found.shared, like)
+                continue
             ours, first = modules.canonical(path, starts)
             fields = {"": like} if operators.is_array(like) else like
             made = {k: _stacked(arrays, ours, first, k, x) for k, x in fields.items()}
@@ -104,6 +122,25 @@ def trained(found: Found, method: Method, train: Any, cuts: tuple[int, ...]) -> 
         return one(found.arrays[0], train)
     keys = [f"{i}:{m.name}" for i, m in enumerate(method.parts)]
     return {k: one(arrays, train[k]) for k, arrays in zip(keys, found.arrays, strict=True)}
+
+
+def state_of(found: Found, method: Method, state: Any) -> Any:
+    """``state``, as the method's start has it, with what all sites share as the adapter has it."""
+
+    def one(part: Any) -> Any:
+        shared = isinstance(part, Mapping) and part.get(SHARED)
+        return {**part, SHARED: _cut(found.shared, shared)} if shared else part
+
+    return {k: one(part) for k, part in state.items()} if method.parts else one(state)
+
+
+def _cut(shared: Mapping[str, np.ndarray], like: Mapping[str, Any]) -> dict[str, jax.Array]:
+    """What all of a folder's sites share, as large as these sites need."""
+    cut = {k: shared[k][tuple(slice(n) for n in x.shape)] for k, x in like.items()}
+    for k, x in like.items():
+        if cut[k].shape != tuple(x.shape):
+            raise errors.CheckpointError(f"the adapter's shared {k} has shape {shared[k].shape}, needed is {x.shape}")
+    return {k: jax.numpy.asarray(cut[k], x.dtype) for k, x in like.items()}
 
 
 def _stacked(arrays: Mapping[Site, Mapping[str, np.ndarray]], path: str, first: int, name: str, like: Any) -> jax.Array:
@@ -123,35 +160,35 @@ def settings(folder: Path) -> dict[str, Any]:
         raise errors.CheckpointError(f"{folder / CONFIG} cannot be read: {e}") from None
 
 
-def _method(settings: Mapping[str, Any]) -> tuple[str, Any]:
+def _method(settings: Mapping[str, Any]) -> tuple[str, portable.Form]:
     """The method of that type whose flags agree; the one with the most flags where several do."""
     kind = settings.get("peft_type")
-    forms = [(n, m, f) for n in registry.NAMES if (f := getattr(m := registry.find(n)[1], "PEFT", None)) is not None]
+    all_forms = [(n, portable.form_of(registry.find(n)[1], n)) for n in registry.NAMES]
+    forms = [(n, f) for n, f in all_forms if f is not None and f.read is not None]
     agreeing = [
-        (len(f.flags), n, m)
-        for n, m, f in forms
+        (len(f.flags), n, f)
+        for n, f in forms
         if f.peft_type == kind and all(settings.get(k) == v for k, v in f.flags.items())
     ]
     if not agreeing:
-        near = errors.did_you_mean(str(kind), sorted({f.peft_type for _, _, f in forms}))
+        near = errors.did_you_mean(str(kind), sorted({f.peft_type for _, f in forms}))
         raise errors.CheckpointError(f"{CONFIG}: peft_type {kind!r} is not known here. {near}")
-    _, name, module = max(agreeing, key=lambda x: x[0])
-    return name, module
+    _, name, form = max(agreeing, key=lambda x: x[0])
+    return name, form
 
 
-def _arguments(
-    name: str, settings: Mapping[str, Any], aliases: Mapping[str, str], form: portable.Form
-) -> dict[str, Any]:
+def _arguments(name: str, settings: Mapping[str, Any], form: portable.Form) -> dict[str, Any]:
     """The method's arguments but its targets. Raises CheckpointError on an entry that would change what it computes."""
-    known = registry.resolved({"name": name})[1]
+    parameters = inspect.signature(registry.find(name)[0]).parameters
+    ours = {theirs: k for k, theirs in form.entries.items()}
     out: dict[str, Any] = {}
     strange = []
     for key, value in settings.items():
-        ours = aliases.get(key, key)
-        if key in IGNORED or key in form.flags or ours in ("targets", "layers"):
+        if key in IGNORED or key in form.flags or key in form.ignored:
             continue
-        if ours in known:
-            out[ours] = float(value) if isinstance(known[ours], float) and isinstance(value, int) else value
+        if key in ours:
+            fractional = isinstance(parameters[ours[key]].default, float) and isinstance(value, int)
+            out[ours[key]] = float(value) if fractional else value
         elif value not in NEUTRAL and not isinstance(value, dict):
             strange.append(f"{key}: {value!r}")
     if strange:
@@ -167,11 +204,17 @@ def _of(settings: Mapping[str, Any], pattern: str, module: str, default: Any) ->
     return default
 
 
-Sorted = tuple[dict[str, tuple[dict[Site, Place], dict[str, np.ndarray]]], dict[Site, np.ndarray]]
+Sorted = tuple[
+    dict[str, tuple[dict[Site, Place], dict[str, np.ndarray]]], dict[Site, np.ndarray], dict[str, np.ndarray]
+]
 
 
-def _sorted(folder: Path, config: ModelConfig, head: str) -> Sorted:
-    """(adapted modules: their kernels and tensors; values that trained whole). Raises CheckpointError on strangers."""
+def _sorted(folder: Path, config: ModelConfig, head: str, form: portable.Form) -> Sorted:
+    """(adapted modules: their kernels and tensors; values that trained whole; what is shared).
+
+    Raises:
+      CheckpointError: tensors that are none of these.
+    """
     from safetensors import SafetensorError
     from safetensors import numpy as safetensors
 
@@ -186,13 +229,15 @@ def _sorted(folder: Path, config: ModelConfig, head: str) -> Sorted:
         if place.name == "weight" and not site.path.endswith(("scale", "table")):
             kernels.setdefault(place.module, {})[site] = place
     adapted: dict[str, tuple[dict[Site, Place], dict[str, np.ndarray]]] = {}
-    whole, strange = {}, []
+    whole, shared, strange = {}, {}, []
     for key, array in tensors.items():
         bare = key.removeprefix(PREFIX)
         owner = max((m for m in kernels if bare.startswith(m + ".")), key=len, default=None)
         if bare in plain:
             site, place = plain[bare]
             whole[site] = array.T if place.transpose else array
+        elif form.read_shared is not None and key.startswith(SHARED_PREFIX) and not key.startswith(PREFIX):
+            shared[key.removeprefix(SHARED_PREFIX)] = array
         elif owner is not None:
             adapted.setdefault(owner, (kernels[owner], {}))[1][bare.removeprefix(owner + ".")] = array
         else:
@@ -204,7 +249,7 @@ def _sorted(folder: Path, config: ModelConfig, head: str) -> Sorted:
             f"{folder / WEIGHTS}: {len(strange)} tensors have no place in this {config.family} model, such as "
             f"{strange[0]!r}.{hint}"
         )
-    return adapted, whole
+    return adapted, whole, shared
 
 
 def _split(form: portable.Form, arrays: portable.Arrays, i: int, of: int, name: str, module: str) -> portable.Arrays:

@@ -12,8 +12,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from tunejax.core import errors, low_rank
+from tunejax.core import errors, low_rank, portable
 from tunejax.core import method as methods
 from tunejax.core.method import Context, Method, Site
 
@@ -31,6 +32,34 @@ ALIASES = {
 
 Arrays = dict[str, Any]
 TRIPLET = ("a", "e", "b")
+
+
+def _read(tensors: portable.Arrays, arguments: portable.Arguments) -> dict[str, np.ndarray]:
+    """PEFT leaves pruned triplets out of a folder; here they are zero."""
+    a, e, b = (tensors[f"lora_{k}"] for k in "AEB")
+    gone = arguments["rank"] - len(e)
+    return {
+        "a": np.pad(a.T, ((0, 0), (0, gone))),
+        "e": np.pad(e[:, 0], (0, gone)),
+        "b": np.pad(b.T, ((0, gone), (0, 0))),
+    }
+
+
+PEFT = portable.Form(
+    "ADALORA",
+    write=lambda arrays: {
+        "lora_A": arrays["a"].T,
+        "lora_E": (arrays["e"] - arrays["zero"])[:, None],
+        "lora_B": arrays["b"].T,
+    },
+    read=_read,
+    entries={
+        "total_steps": "total_step", "rank": "init_r", "target_rank": "target_r", "alpha": "lora_alpha",
+        "dropout": "lora_dropout", "warmup_steps": "tinit", "final_steps": "tfinal", "every": "deltaT",
+        "beta1": "beta1", "beta2": "beta2", "orthogonal": "orth_reg_weight",
+    },
+    ignored=frozenset({"r", "use_rslora"}),
+)  # fmt: skip
 
 
 def adalora(

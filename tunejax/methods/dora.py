@@ -12,12 +12,25 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from tunejax.core import low_rank, operators
+from tunejax.core import low_rank, operators, portable
 from tunejax.core import method as methods
 from tunejax.core.method import Context, Method
 
 ALIASES = low_rank.ALIASES
 """What PEFT calls it -> what it is here."""
+
+PEFT = portable.Form(
+    "LORA",
+    write=lambda arrays: {**low_rank.PEFT.write(arrays), "lora_magnitude_vector": arrays["m"]},
+    read=lambda tensors, _: {
+        "a": tensors["lora_A.weight"].T,
+        "b": tensors["lora_B.weight"].T,
+        "m": tensors["lora_magnitude_vector"],
+    },
+    entries=low_rank.ENTRIES,
+    flags={"use_dora": True},
+    patterns=True,
+)
 
 
 @operators.operator

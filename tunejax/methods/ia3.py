@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from tunejax.core import errors, operators, paths
+from tunejax.core import errors, operators, paths, portable
 from tunejax.core import method as methods
 from tunejax.core.method import Context, Method, Start
 from tunejax.core.paths import Params
@@ -21,6 +21,16 @@ TARGETS = ["attention/{k,v}/kernel", "mlp/down/kernel"]
 
 ALIASES = {"target_modules": "targets", "feedforward_modules": "feedforward", "layers_to_transform": "layers"}
 """What PEFT calls it -> what it is here."""
+
+PEFT = portable.Form(
+    "IA3",
+    write=lambda arrays: {"ia3_l": arrays["before"][None] if "before" in arrays else arrays["after"][:, None]},
+    read=lambda tensors, _: {"before" if tensors["ia3_l"].shape[0] == 1 else "after": tensors["ia3_l"].ravel()},
+    ignored=frozenset({"feedforward_modules", "init_ia3_weights"}),
+    written=lambda arguments, _: {k: v for k, v in arguments.items() if k != "feedforward"},
+    found=lambda arrays: {"feedforward": ["/**"] if "before" in arrays else []},
+    settings=lambda modules: {"feedforward_modules": [m for m, arrays in modules.items() if "before" in arrays]},
+)
 
 
 @operators.operator

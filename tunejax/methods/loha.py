@@ -12,12 +12,23 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from tunejax.core import low_rank, operators
+from tunejax.core import low_rank, operators, portable
 from tunejax.core import method as methods
 from tunejax.core.method import Context, Method
 
 ALIASES = {k: v for k, v in low_rank.ALIASES.items() if v in ("rank", "targets", "layers")}
 """What PEFT calls it -> what it is here."""
+
+TENSORS = {"a1": "hada_w1_b", "b1": "hada_w1_a", "a2": "hada_w2_b", "b2": "hada_w2_a"}
+
+PEFT = portable.Form(
+    "LOHA",
+    write=lambda arrays: {TENSORS[k]: x.T for k, x in arrays.items()},
+    read=lambda tensors, _: {k: tensors[theirs].T for k, theirs in TENSORS.items()},
+    entries={"rank": "r", "alpha": "alpha"},
+    patterns=True,
+    plain=False,
+)
 
 
 @operators.operator

@@ -8,12 +8,14 @@ is B1.T, where K1 = A1 B1. The big matrix is never formed: x is read as [in1, in
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from tunejax.core import errors, low_rank, operators
+from tunejax.core import errors, low_rank, operators, portable
 from tunejax.core import method as methods
 from tunejax.core.method import Context, Method
 
@@ -22,6 +24,34 @@ ALIASES = {
     "decompose_factor": "factor",
 }
 """What PEFT calls it -> what it is here."""
+
+TENSORS = {
+    "k1": "lokr_w1", "a1": "lokr_w1_b", "b1": "lokr_w1_a", "k2": "lokr_w2", "a2": "lokr_w2_b", "b2": "lokr_w2_a",
+}  # fmt: skip
+WHOLE = ("k1", "k2")
+
+
+def _read(tensors: portable.Arrays, arguments: portable.Arguments) -> dict[str, np.ndarray]:
+    ours = {theirs: k for k, theirs in TENSORS.items()}
+    return {ours[k]: x.T for k, x in tensors.items()}
+
+
+def _as_lokr(arguments: portable.Arguments, sites: Sequence[portable.Arrays]) -> dict[str, Any]:
+    """KronA as the LoKr of a rank so high that both factors are whole."""
+    rank = max(side for arrays in sites for k in WHOLE for side in arrays[k].shape[-2:])
+    return {**arguments, "decompose_both": False, "rank": rank, "alpha": arguments["alpha"] * rank}
+
+
+_LOKR = portable.Form(
+    "LOKR",
+    write=lambda arrays: {TENSORS[k]: x.T for k, x in arrays.items()},
+    read=_read,
+    entries={"rank": "r", "alpha": "alpha", "decompose_both": "decompose_both", "factor": "decompose_factor"},
+    patterns=True,
+    plain=False,
+    ignored=frozenset({"rank_dropout_scale"}),
+)
+PEFT = {"lokr": _LOKR, "krona": _LOKR._replace(read=None, written=_as_lokr)}
 
 
 @operators.operator

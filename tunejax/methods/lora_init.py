@@ -7,18 +7,38 @@ arXiv:2406.01775) the leading part of a QR decomposition. The papers, and PEFT, 
 here the base stays as it is and A0, B0 lie in ``state``, for no two machines give a decomposition in the same bits.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from tunejax.core import errors, low_rank, operators
+from tunejax.core import errors, low_rank, operators, portable
 from tunejax.core import method as methods
 from tunejax.core.method import Context, Method, Site
 
 ALIASES = low_rank.ALIASES
 """What PEFT calls it -> what it is here."""
+
+
+def _difference(arrays: portable.Arrays) -> dict[str, np.ndarray]:
+    """Both products as one of twice the rank."""
+    a = np.concatenate([arrays["a"], arrays["a0"]], axis=1)
+    return {"a": a, "b": np.concatenate([arrays["b"], -arrays["b0"]], axis=0)}
+
+
+def _doubled(arguments: portable.Arguments, sites: Sequence[portable.Arrays]) -> dict[str, Any]:
+    """The same scale at twice the rank."""
+    grown = math.sqrt(2) if arguments["rslora"] else 2
+    return {**arguments, "rank": 2 * arguments["rank"], "alpha": grown * arguments["alpha"]}
+
+
+PEFT = low_rank.PEFT._replace(
+    write=lambda arrays: low_rank.PEFT.write(_difference(arrays)), read=None, written=_doubled, fuse=None
+)
+"""A plain LoRA of twice the rank, on the base as it is."""
 
 
 def pissa(

@@ -8,13 +8,14 @@ skew-symmetric matrix. OFT has one factor and no s; BOFT has several, ordered as
 transform, so R is dense, and a trained scale s [out] of the output.
 """
 
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tunejax.core import errors, low_rank, operators
+from tunejax.core import errors, low_rank, operators, portable
 from tunejax.core import method as methods
 from tunejax.core.method import Context, Method
 
@@ -27,6 +28,35 @@ ALIASES = {
     "boft_n_butterfly_factor": "factors",
 }
 """What PEFT calls it -> what it is here."""
+
+PEFT = {
+    "oft": portable.Form(
+        "OFT",
+        write=lambda arrays: {"oft_R.weight": arrays["skew"]},
+        read=lambda tensors, _: {"skew": tensors["oft_R.weight"]},
+        entries={
+            "block_size": "oft_block_size",
+            "block_share": "block_share",
+            "neumann": "use_cayley_neumann",
+            "terms": "num_cayley_neumann_terms",
+        },
+        plain=False,
+        ignored=frozenset({"r", "eps"}),
+        # PEFT shrinks a block that does not divide a module's input: what counts is what it kept.
+        found=lambda arrays: {"block_size": (1 + math.isqrt(1 + 8 * arrays["skew"].shape[-1])) // 2},
+        # The first version with this series; PEFT warns where none is named.
+        settings=lambda modules: {"peft_version": "0.18.0"},
+    ),
+    "boft": portable.Form(
+        "BOFT",
+        write=lambda arrays: {"boft_R": arrays["r"], "boft_s": arrays["s"][:, None]},
+        read=lambda tensors, _: {"r": tensors["boft_R"], "s": tensors["boft_s"][:, 0]},
+        entries={"block_size": "boft_block_size", "factors": "boft_n_butterfly_factor"},
+        plain=False,
+        ignored=frozenset({"boft_block_num"}),
+        found=lambda arrays: {"block_size": arrays["r"].shape[-1], "factors": arrays["r"].shape[0]},
+    ),
+}
 
 
 @operators.operator

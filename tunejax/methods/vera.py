@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from tunejax.core import low_rank
+from tunejax.core import low_rank, portable
 from tunejax.core import method as methods
 from tunejax.core.method import Context, Method, Site
 from tunejax.core.paths import Path
@@ -24,6 +24,18 @@ ALIASES = {
     "projection_prng_key": "seed",
 }
 """What PEFT calls it -> what it is here."""
+
+PEFT = portable.Form(
+    "VERA",
+    write=lambda arrays: {"vera_lambda_d": arrays["scale_d"], "vera_lambda_b": arrays["scale_b"]},
+    read=lambda tensors, _: {"scale_d": tensors["vera_lambda_d"], "scale_b": tensors["vera_lambda_b"]},
+    entries={"rank": "r", "d_initial": "d_initial", "dropout": "vera_dropout", "seed": "projection_prng_key"},
+    ignored=frozenset({"save_projection"}),
+    settings=lambda modules: {"save_projection": True},
+    write_shared=lambda arrays: {"vera_A": arrays["a"].T, "vera_B": arrays["b"].T},
+    read_shared=lambda tensors: {"a": tensors["vera_A"].T, "b": tensors["vera_B"].T},
+)
+"""A and B are always written: PEFT's own draw from a seed is another."""
 
 
 def vera(

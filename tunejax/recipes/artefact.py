@@ -71,7 +71,7 @@ def _open_peft(path: Path, changes: list[str]) -> Tuned:
     start = jax.eval_shape(parts.method.init, jax.random.key(0), loaded.params)
     train = peft_read.trained(found, parts.method, start.train, parts.method.cuts(shape.num_layers))
     state = jax.jit(lambda p: parts.method.init(jax.random.key(config.seed), p).state)(loaded.params)
-    return Tuned(parts, _edited(parts, loaded.params), train, state)
+    return Tuned(parts, _edited(parts, loaded.params), train, peft_read.state_of(found, parts.method, state))
 
 
 def open_base(config: schema.Config, num_labels: int | None = None) -> Tuned:
