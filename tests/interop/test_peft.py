@@ -1,5 +1,6 @@
 """Adapter folders of HF PEFT, both ways: what one library wrote the other reads, with the same logits."""
 
+import functools
 import json
 import warnings
 
@@ -29,7 +30,7 @@ def llama():
     return transformers.LlamaForCausalLM(
         transformers.LlamaConfig(
             vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=LAYERS, num_attention_heads=4,
-            num_key_value_heads=2, max_position_embeddings=32, initializer_range=0.3,
+            num_key_value_heads=2, max_position_embeddings=32, initializer_range=0.2,
         )
     )  # fmt: skip
 
@@ -37,7 +38,7 @@ def llama():
 def gpt2():
     return transformers.GPT2LMHeadModel(
         transformers.GPT2Config(
-            vocab_size=40, n_embd=16, n_layer=LAYERS, n_head=4, n_positions=32, initializer_range=0.3
+            vocab_size=40, n_embd=16, n_layer=LAYERS, n_head=4, n_positions=32, initializer_range=0.2
         )
     )
 
@@ -46,7 +47,7 @@ def bert():
     return transformers.BertForSequenceClassification(
         transformers.BertConfig(
             vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=LAYERS, num_attention_heads=4,
-            max_position_embeddings=32, initializer_range=0.3, num_labels=3,
+            max_position_embeddings=32, initializer_range=0.2, num_labels=3,
         )
     )  # fmt: skip
 
@@ -94,16 +95,29 @@ def randomised(model):
 def read(folder, base_folder, head):
     """(logits of the adapter read here, what `peft_read` found, what trains of it by site)."""
     config = hf.read_config(base_folder)
+    found, method, train, shapes = read_arrays(folder, base_folder, head)
+    cuts = method.cuts(config.num_layers)
+    params = loaded(base_folder, head, cuts)
+    state = peft_read.state_of(found, method, jax.jit(lambda p: method.init(jax.random.key(0), p).state)(params))
+    params = apply_edits(params, shapes.edits)
+    return our_logits(config, head, cuts, method.bind(params, train, state, Context())), found, by_site(method, train)
+
+
+def read_arrays(folder, base_folder, head):
+    """(what `peft_read` found, its method, what trains, the shapes of a start)."""
+    config = hf.read_config(base_folder)
     found = peft_read.read(folder, config, head=head)
     method = registry.build(found.specs)
     cuts = method.cuts(config.num_layers)
-    params, _ = hf.load(base_folder, config, head=head, cuts=cuts)
-    start = method.init(jax.random.key(0), params)
-    train = peft_read.trained(found, method, start.train, cuts)
-    assert jax.tree.map(jnp.shape, train) == jax.tree.map(jnp.shape, start.train)
-    params = apply_edits(params, start.edits)
-    state = peft_read.state_of(found, method, start.state)
-    return our_logits(config, head, cuts, method.bind(params, train, state, Context())), found, by_site(method, train)
+    shapes = jax.eval_shape(method.init, jax.random.key(0), loaded(base_folder, head, cuts))
+    train = peft_read.trained(found, method, shapes.train, cuts)
+    assert jax.tree.map(jnp.shape, train) == jax.tree.map(jnp.shape, shapes.train)
+    return found, method, train, shapes
+
+
+@functools.cache
+def loaded(folder, head, cuts=()):
+    return hf.load(folder, hf.read_config(folder), head=head, cuts=cuts)[0]
 
 
 def by_site(method, train):
@@ -180,7 +194,6 @@ KINDS = {
         {"r": 1, "alpha": 2, "decompose_both": True, "decompose_factor": 4},
         {"rank": 1, "alpha": 2.0, "decompose_both": True, "factor": 4},
     ),
-    "krona": (None, {}, {"alpha": 0.7}),
     "vera": ("VeraConfig", {"r": 5, "projection_prng_key": 3}, {"rank": 5, "seed": 3}),
     "oft": ("OFTConfig", {"oft_block_size": 4, "use_cayley_neumann": False}, {"block_size": 4, "neumann": False}),
     "boft": ("BOFTConfig", {"boft_block_size": 4}, {"block_size": 4}),
@@ -191,18 +204,28 @@ KINDS = {
     ),
 }
 """Method -> (PEFT's config, its entries, our arguments)."""
+WRITTEN = {k: arguments for k, (_, _, arguments) in KINDS.items()} | {
+    "krona": {"alpha": 0.7},
+    "pissa": {"rank": 2, "alpha": 3.0},
+    "olora": {"rank": 2, "alpha": 3.0, "rslora": True},
+}
+WITH_BIAS = ("boft", "dora", "ia3", "vera")
+"""What is tried on BERT too: where a bias might be scaled, or modules of several shapes share."""
 FEEDFORWARD = {"llama": ["down_proj"], "bert": ["output.dense"]}
-SMALL = pytest.mark.parametrize("base", sorted(FEEDFORWARD), indirect=True)
+quiet = pytest.mark.filterwarnings("ignore:Failed to load the CUDA extension", "ignore:Setting boft_n_butterfly_factor")
 
 
-@SMALL
-@pytest.mark.filterwarnings("ignore:Failed to load the CUDA extension", "ignore:Setting boft_n_butterfly_factor")
-@pytest.mark.parametrize("kind", [k for k, (theirs, _, _) in KINDS.items() if theirs])
-def test_every_kind_of_theirs_is_read(base, kind, tmp_path):
+def cases(kinds):
+    listed = [("llama", k) for k in kinds] + [("bert", k) for k in kinds if k in WITH_BIAS]
+    return pytest.mark.parametrize(("base", "kind"), listed, indirect=["base"])
+
+
+def their_adapter(base, kind, **more):
+    """A random adapter under PEFT."""
     folder, head = base
     family = hf.read_config(folder).family
-    name, entries, arguments = KINDS[kind]
-    entries = {k: FEEDFORWARD[family] if v == "F" else v for k, v in entries.items()}
+    name, entries, _ = KINDS[kind]
+    entries = {k: FEEDFORWARD[family] if v == "F" else v for k, v in {**entries, **more}.items()}
     task = "SEQ_CLS" if head == "classification" else "CAUSAL_LM"
     torch.manual_seed(1)
     config = getattr(peft, name)(target_modules=TARGETS[family], task_type=task, **entries)
@@ -211,22 +234,28 @@ def test_every_kind_of_theirs_is_read(base, kind, tmp_path):
         for p in theirs.parameters():
             if p.requires_grad:
                 p.add_(0.1 * torch.randn_like(p))
+    return theirs
+
+
+@quiet
+@cases(KINDS)
+def test_every_kind_of_theirs_is_read(base, kind, tmp_path):
+    theirs = their_adapter(base, kind)
     theirs.save_pretrained(tmp_path)
-    logits, found, _ = read(tmp_path, folder, head)
-    np.testing.assert_allclose(logits, their_logits(theirs), atol=1e-5, rtol=1e-5)
-    assert arguments.items() <= found.specs[0].items()
+    logits, found, _ = read(tmp_path, *base)
+    np.testing.assert_allclose(logits, their_logits(theirs.double()), atol=1e-5, rtol=1e-5)
+    assert KINDS[kind][2].items() <= found.specs[0].items()
     assert found.specs[0]["name"] == kind
 
 
-@SMALL
-@pytest.mark.filterwarnings("ignore:Failed to load the CUDA extension", "ignore:Setting boft_n_butterfly_factor")
-@pytest.mark.parametrize("kind", KINDS)
+@quiet
+@cases(WRITTEN)
 def test_every_kind_of_ours_is_written_and_read_back(base, kind, tmp_path):
     folder, head = base
     config = hf.read_config(folder)
-    spec = {"name": kind, "targets": ["attention/{q,v}/kernel", "mlp/down/kernel"], **KINDS[kind][2]}
+    spec = {"name": kind, "targets": ["attention/{q,v}/kernel", "mlp/down/kernel"], **WRITTEN[kind]}
     method = registry.build(spec)
-    params, _ = hf.load(folder, config, head=head)
+    params = loaded(folder, head)
     start = method.init(jax.random.key(0), params)
     rng = np.random.default_rng(2)
     train = jax.tree.map(lambda x: x + jnp.asarray(0.1 * rng.standard_normal(x.shape), jnp.float32), start.train)
@@ -237,11 +266,54 @@ def test_every_kind_of_ours_is_written_and_read_back(base, kind, tmp_path):
         warnings.filterwarnings("error", "Unexpected keyword arguments")
         warnings.filterwarnings("error", ".*retrain")
         theirs = peft.PeftModel.from_pretrained(their_model(folder, head), tmp_path).eval()
-    np.testing.assert_allclose(their_logits(theirs), mine, atol=1e-5, rtol=1e-5)
-    again, _, arrays = read(tmp_path, folder, head)
-    np.testing.assert_allclose(again, mine, atol=1e-5, rtol=1e-5)
-    back = {p: arrays[p] for p in train}
-    jax.tree.map(np.testing.assert_array_equal, back, train)
+    np.testing.assert_allclose(their_logits(theirs.double()), mine, atol=1e-5, rtol=1e-5)
+    found, again, back, _ = read_arrays(tmp_path, folder, head)
+    if kind in ("pissa", "olora"):
+        assert found.specs[0]["name"] == "lora"
+        np.testing.assert_allclose(read(tmp_path, folder, head)[0], mine, atol=1e-5, rtol=1e-5)
+        return
+    back = by_site(again, back)
+    jax.tree.map(np.testing.assert_array_equal, {p: back[p] for p in train}, train)
+    jax.tree.map(np.testing.assert_array_equal, found.shared, dict(start.state.get("shared", {})))
+
+
+@pytest.mark.parametrize("base", ["llama"], indirect=True)
+def test_ranks_that_adalora_pruned_are_zero(base, tmp_path):
+    """PEFT leaves them out of the folder, and says which they were."""
+    theirs = their_adapter(base, "adalora")
+    kept = {
+        "model.layers.0.self_attn.q_proj.lora_E.default": [True, False, True, False],
+        "model.layers.2.mlp.down_proj.lora_E.default": [False, True, False, False],
+    }
+    weights = dict(theirs.base_model.model.named_parameters())
+    with torch.no_grad():
+        for name, rows in kept.items():
+            weights[name][~torch.tensor(rows)] = 0.0
+    theirs.peft_config["default"].rank_pattern = kept
+    logits = their_logits(theirs.double())
+    theirs.float().save_pretrained(tmp_path)
+    assert safetensors.load_file(tmp_path / ours.WEIGHTS)[f"{ours.PREFIX}{next(iter(kept))[:-8]}"].shape == (2, 1)
+    found, _, _ = read(tmp_path, *base)
+    np.testing.assert_allclose(found, logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:Specified to not save vera_A")
+@pytest.mark.parametrize("base", ["llama"], indirect=True)
+def test_a_shared_draw_that_was_not_saved_is_refused(base, tmp_path):
+    their_adapter(base, "vera", save_projection=False).save_pretrained(tmp_path)
+    with pytest.raises(errors.CheckpointError, match="vera_A"):
+        read(tmp_path, *base)
+
+
+@pytest.mark.parametrize("base", ["gpt2"], indirect=True)
+def test_a_kind_that_peft_lacks_for_these_modules_is_refused(base, tmp_path):
+    folder, head = base
+    spec = {"name": "loha", "targets": "mlp/up/kernel"}
+    method = registry.build(spec)
+    start = method.init(jax.random.key(0), loaded(folder, head))
+    tuned = ours.Tuned([spec], method, loaded(folder, head), start.train, start.state)
+    with pytest.raises(errors.ConfigError, match="no loha for this model"):
+        ours.write(tmp_path / "out", tuned, hf.read_config(folder), head=head, base_name="x")
 
 
 @pytest.fixture
@@ -262,7 +334,13 @@ def changed(folder, **entries):
 
 @pytest.mark.parametrize(
     ("entries", "said"),
-    [({"peft_type": "LORE"}, "LORA"), ({"use_bdlora": True}, "use_bdlora"), ({"bias": "all"}, "bias")],
+    [
+        ({"peft_type": "LORE"}, "LORA"),
+        ({"use_bdlora": True}, "use_bdlora"),
+        ({"bias": "all"}, "bias"),
+        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights"),
+        ({"kasa_config": {"beta": 1e-4}}, "kasa_config"),
+    ],
 )
 def test_an_adapter_that_would_be_misread_is_refused(written, entries, said):
     adapter, folder, head = written

@@ -21,12 +21,15 @@ from tunejax.models.config import ModelConfig
 NEUTRAL: tuple[Any, ...] = (None, False, "none", [], {}, "", 0)
 """Values of entries in adapter_config.json that change nothing."""
 IGNORED = {
-    "auto_mapping", "base_model_name_or_path", "fan_in_fan_out", "inference_mode", "init_lora_weights", "init_weights",
+    "auto_mapping", "base_model_name_or_path", "fan_in_fan_out", "inference_mode", "init_weights",
     "layers_pattern", "layers_to_transform", "modules_to_save", "peft_type", "peft_version", "qalora_group_size",
     "revision", "save_embedding_layers", "target_modules", "task_type", "lora_bias", "exclude_modules", "megatron_core",
     *PATTERNS.values(),
 }  # fmt: skip
 """Entries that the tensors themselves answer, or that matter before training only."""
+STARTS = ("init_lora_weights", (True, False, None, "gaussian", "eva", "orthogonal"))
+"""The entry that says how an adapter started, and the starts that leave the base as it is; PEFT repeats the others on
+the base whenever it loads such a folder."""
 
 
 class Found(NamedTuple):
@@ -184,12 +187,12 @@ def _arguments(name: str, settings: Mapping[str, Any], form: portable.Form) -> d
     out: dict[str, Any] = {}
     strange = []
     for key, value in settings.items():
-        if key in IGNORED or key in form.flags or key in form.ignored:
+        if key in IGNORED or key in form.flags or key in form.ignored or (key == STARTS[0] and value in STARTS[1]):
             continue
         if key in ours:
             fractional = isinstance(parameters[ours[key]].default, float) and isinstance(value, int)
             out[ours[key]] = float(value) if fractional else value
-        elif value not in NEUTRAL and not isinstance(value, dict):
+        elif value not in NEUTRAL:
             strange.append(f"{key}: {value!r}")
     if strange:
         raise errors.CheckpointError(f"{CONFIG}: {name} here knows nothing of {'; '.join(strange)}")
