@@ -9,7 +9,7 @@ import pytest
 from safetensors import numpy as safetensors
 
 from tunejax.core import errors
-from tunejax.recipes import adapter
+from tunejax.recipes import adapter, artefact
 
 BASE = adapter.Base("some/model", "a" * 64)
 
@@ -69,3 +69,9 @@ def test_damage_is_told(saved, tmp_path):
     (saved / adapter.SPEC).write_text("{")
     with pytest.raises(errors.CheckpointError, match="is damaged"):
         adapter.read(saved)
+
+
+def test_an_adapter_of_peft_without_a_base_says_so(tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    with pytest.raises(errors.CheckpointError, match="base_model_name_or_path"):
+        artefact.open_run(str(tmp_path))

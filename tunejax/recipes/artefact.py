@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 import jax
 
 from tunejax.config import load, locate, schema
+from tunejax.core import errors, paths
 from tunejax.core import method as method_lib
-from tunejax.core import paths
 from tunejax.interop import hf, peft, peft_read
 from tunejax.recipes import adapter, assemble, folder
 
@@ -63,6 +63,8 @@ def _open_peft(path: Path, changes: list[str]) -> Tuned:
     data = {"path": "unused", "max_length": 2}
     begun = {"output_dir": "unused", "model": named, "data": data, "objective": objective, "method": "none"}
     raw = load.override(begun, changes)
+    if not raw["model"]["path"]:
+        raise errors.CheckpointError(f"{path / peft.CONFIG} names no base model in base_model_name_or_path")
     shape = hf.read_config(hf.resolve(locate.model(raw["model"]["path"])))
     found = peft_read.read(path, shape, head=head)
     config = load.check({**raw, "method": found.specs}, str(path / peft.CONFIG))
