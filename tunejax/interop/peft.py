@@ -83,10 +83,10 @@ def _parts(tuned: Tuned) -> tuple[list[_Part], dict[str, Any]]:
     methods = tuned.method.parts or (tuned.method,)
     adapters: list[_Part] = []
     whole: dict[str, Any] = {}
-    counts = [len(registry.build(spec).parts) for spec in tuned.specs]
-    presets = [spec for spec, count in zip(tuned.specs, counts, strict=True) if count]
-    if presets:
-        raise errors.ConfigError(f"PEFT has no method {registry.resolved(presets[0])[0]!r}, a chain of several")
+    if len(methods) > len(tuned.specs):  # a name that stands for a chain
+        raise errors.ConfigError(
+            f"PEFT has no form for {tuned.method.name}: one name of the config is a chain of several"
+        )
     for i, (spec, m) in enumerate(zip(tuned.specs, methods, strict=True)):
         key = f"{i}:{m.name}"
         train, state = (t[key] if tuned.method.parts else t for t in (tuned.train, tuned.state))
