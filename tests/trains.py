@@ -1,12 +1,14 @@
 """One check for every method: a few steps on a tiny scanned decoder, recomputed in the backward pass."""
 
 import itertools
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import tiny
 
+from tunejax.core.method import Method
 from tunejax.methods import registry
 from tunejax.models import build
 from tunejax.objectives import causal_lm
@@ -26,22 +28,25 @@ def rows(length=8):
     }
 
 
-def begin(spec, learning_rate=1e-2, remat="full"):
-    """(step, state, base, batch) of a run by AdamW without decay."""
-    mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
-    method = registry.build(spec)
+def begin(method, learning_rate=1e-2, remat="full", shape=(1, 1, 1), batch=None):
+    """(step, state, base, batch) of a run by AdamW without decay.
+
+    method: or its description; shape: of the mesh; batch: `rows` unless given.
+    """
+    mesh = sharding.make_mesh(*shape, devices=jax.devices()[: math.prod(shape)])
+    method = method if isinstance(method, Method) else registry.build(method)
     cuts = method.cuts(tiny.LLAMA.num_layers)
-    model = build.build(tiny.LLAMA, head="lm", cuts=cuts, remat=remat)
+    model = build.build(tiny.LLAMA, head="lm", cuts=cuts, remat=remat, constrain=sharding.constrainer(mesh))
     params = jax.tree.map(jnp.array, tiny.params(cuts=cuts))
     tuner = optimizer.make_optimizer("adamw", learning_rate)
     s, base = state.start(model, method, tuner, params, jax.random.key(0), mesh)
     one = step.make_step(model, method, causal_lm.make(), tuner, mesh=mesh)
-    return one, s, base, one.put(rows())
+    return one, s, base, one.put(rows() if batch is None else batch)
 
 
-def run(spec, steps=3, **kw):
+def run(method, steps=3, **kw):
     """Losses of a few steps, and the last state; asserts that no bit of the base moved."""
-    one, s, base, batch = begin(spec, **kw)
+    one, s, base, batch = begin(method, **kw)
     before = jax.tree.map(np.array, base)
     losses = []
     for _ in range(steps):
@@ -53,8 +58,8 @@ def run(spec, steps=3, **kw):
     return losses, s
 
 
-def falls(spec, **kw):
+def falls(method, **kw):
     """Asserts that each loss is below the one before it."""
-    losses, s = run(spec, **kw)
+    losses, s = run(method, **kw)
     assert all(b < a for a, b in itertools.pairwise(losses)), losses
     return s
