@@ -25,12 +25,14 @@ def main() -> int:
     parser.add_argument("--methods", nargs="+", default=["full", "lora", "bitfit"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, help="instead of the configs' length, for a trial")
-    parser.add_argument("--out", type=Path, default=ROOT / "runs/sst2_parity.json")
+    parser.add_argument("--out", type=Path, default=ROOT / "runs/sst2_parity.json", help="pairs in it are kept")
     args = parser.parse_args()
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    results = []
+    results = json.loads(args.out.read_text()) if args.out.exists() else []
     for method in args.methods:
         for seed in args.seeds:
+            if any((r["method"], r["seed"]) == (method, seed) for r in results):
+                continue
             with tempfile.TemporaryDirectory() as folder:
                 for side in ("torch", "tunejax"):
                     results.append(one(side, method, seed, args, folder))
