@@ -1,10 +1,16 @@
 """Shared fixtures. Tests that need the assets skip, naming what is missing, where they are absent."""
 
+import importlib.metadata
 import os
 from pathlib import Path
 
 import pytest
 
+QUICK = " --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+"""Nearly all the time of the tests is XLA compiling tiny programs: without LLVM's optimisation it takes a quarter."""
+
+if importlib.metadata.version("jaxlib").startswith("0.10."):  # XLA ends the process at a flag that it does not know
+    os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8" + QUICK)
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
