@@ -24,3 +24,12 @@ def assets() -> Path:
     if not folder.is_dir():
         pytest.skip(f"needs the assets folder {folder} (set TUNEJAX_ASSETS)")
     return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _programs_are_given_up():
+    """What one file compiled is of no use to the next: kept, it grows to gigabytes."""
+    yield
+    import jax
+
+    jax.clear_caches()

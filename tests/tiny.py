@@ -39,6 +39,19 @@ BERT = ModelConfig(
     num_labels=3,
 )
 
+QWEN3 = ModelConfig(family="qwen3", **SIZES, qk_norm=True, tie_embeddings=True)
+GPT2 = ModelConfig(
+    family="gpt2",
+    **{**SIZES, "num_kv_heads": 4},
+    activation="gelu_tanh",
+    gated_mlp=False,
+    norm="layer",
+    position="learned",
+    attention_bias=(True,) * 4,
+    mlp_bias=True,
+    tie_embeddings=True,
+)
+
 
 @functools.cache
 def model(config=LLAMA, head="lm", cuts=()):

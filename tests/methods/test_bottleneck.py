@@ -6,7 +6,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-import trains
 from branches import DOWN, OUT, noisy
 
 from tunejax.core import bottleneck, errors, paths
@@ -155,14 +154,3 @@ def test_drops_that_leave_nothing():
         adapter.houlsby(drop_random=3).init(KEY, tiny.params())
     with pytest.raises(errors.ConfigError, match="no layer"):
         adapter.houlsby(drop_first=3).cuts(3)
-
-
-@pytest.mark.parametrize(
-    "spec",
-    [
-        {"name": "pfeiffer", "width": 8, "drop_first": 1},
-        [{"name": "houlsby", "width": 8, "drop_random": 2}, {"name": "norm_tuning"}],
-    ],
-)
-def test_trains(spec):
-    trains.falls(spec)

@@ -6,7 +6,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-import trains
 from branches import DOWN, OUT, noisy
 
 from tunejax.core import errors
@@ -92,8 +91,3 @@ def test_bad_arguments(bad):
         compacter.compacter(**bad)
     with pytest.raises(errors.ConfigError, match="does not divide the 16"):
         compacter.compacter(phm_dim=3).init(KEY, tiny.params())
-
-
-def test_trains():
-    s = trains.falls({"name": "compacter", "width": 8, "phm_dim": 2})
-    assert np.abs(s.train["sites"][OUT]["up_t"]).max() > 1e-3

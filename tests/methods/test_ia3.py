@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-import trains
 
 from tunejax.core import errors, operators
 from tunejax.core import method as methods
@@ -150,7 +149,3 @@ def test_feedforward_is_a_part_of_the_targets():
         ia3.ia3(feedforward=["mlp/up/kernel"]).init(KEY, tiny.params())
     start = ia3.ia3("mlp/{up,down}/kernel", feedforward=[]).init(KEY, tiny.params())
     assert {next(iter(x)) for x in start.train.values()} == {"after"}
-
-
-def test_trains():
-    trains.falls("ia3")

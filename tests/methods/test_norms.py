@@ -2,7 +2,6 @@ import jax
 import numpy as np
 import pytest
 import tiny
-import trains
 
 from tunejax.core import errors, paths
 from tunejax.core import method as methods
@@ -33,7 +32,3 @@ def test_targets_and_layers():
 def test_nothing_matched():
     with pytest.raises(errors.TargetError, match="mlp/norm/scale"):
         norms.norm_tuning("mlp/norm/scales").init(KEY, tiny.params())
-
-
-def test_trains():
-    trains.falls("norm_tuning")

@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import references as ref
-import three_steps
 import tiny
 
 from tunejax.core import errors
@@ -106,7 +105,3 @@ def test_dropout_is_on_while_training_alone():
 def test_bad_arguments(bad, says):
     with pytest.raises(errors.ConfigError, match=says):
         p_tuning.p_tuning(**bad)
-
-
-def test_three_steps_learn_and_leave_the_base_alone():
-    three_steps.check(p_tuning.p_tuning(4, "lstm", hidden=HIDDEN))

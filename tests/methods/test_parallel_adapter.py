@@ -7,7 +7,6 @@ import jax
 import numpy as np
 import pytest
 import tiny
-import trains
 from branches import DOWN, noisy
 
 from tunejax.core import errors
@@ -100,7 +99,3 @@ def test_layers_and_wrong_targets():
     assert set(method.init(KEY, tiny.params(cuts=(1,))).train) == {DOWN.replace("0", "1", 1)}
     with pytest.raises(errors.TargetError, match="mlp/down/kernel"):
         parallel_adapter.parallel_adapter("attention/o/kernel").init(KEY, tiny.params())
-
-
-def test_trains():
-    trains.falls({"name": "parallel_adapter", "width": 8})

@@ -5,10 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import references as ref
-import three_steps
 import tiny
 
-from tunejax.core import errors, paths
+from tunejax.core import errors
 from tunejax.core import method as methods
 from tunejax.core import model as models
 from tunejax.core.method import Context
@@ -186,9 +185,3 @@ def test_vmap_over_train():
     outs = jax.jit(jax.vmap(lambda t: ref.logits(m, method.bind(p, t, {}, Context()), tiny.batch())))(trains)
     one = tiny.outputs(m, method.bind(p, jax.tree.map(lambda x: x[1], trains), {}, Context()))
     np.testing.assert_allclose(outs[1], one, atol=1e-5)
-
-
-@pytest.mark.parametrize("project", [False, True])
-def test_three_steps_learn_and_leave_the_base_alone(project):
-    three_steps.check(prefix.prefix_tuning(4, project=project))
-    assert paths.flatten(tiny.params())[SLOT] is None

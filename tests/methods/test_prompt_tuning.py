@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import references as ref
-import three_steps
 import tiny
 
 from tunejax.core import errors
@@ -173,7 +172,3 @@ def test_vmap_over_train():
     one = ref.logits(m, method.bind(p, jax.tree.map(lambda x: x[1], trains), {}, Context()), batch)
     np.testing.assert_allclose(outs[1], one, atol=1e-5)
     assert outs.shape == (3, 1, 4, 31)
-
-
-def test_three_steps_learn_and_leave_the_base_alone():
-    three_steps.check(prompt_tuning.prompt_tuning(4, init="vocab"))

@@ -111,10 +111,6 @@ def test_the_compiled_step_takes_half_a_byte_a_parameter():
     assert found <= 0.6 * kernels + scales + plain + rest + 256
 
 
-def test_it_trains_and_the_base_stands_still():
-    trains.falls([{"name": "quantize", "kind": "int8"}, {"name": "lora", "rank": 2}])
-
-
 @pytest.mark.parametrize(
     ("spec", "said"),
     [

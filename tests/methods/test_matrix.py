@@ -1,0 +1,48 @@
+"""Every method on every family: five steps with falling loss, the same on one device and, with remat, on eight."""
+
+import itertools
+
+import numpy as np
+import pytest
+import tiny
+import trains
+
+from tunejax.methods import registry
+
+FAMILIES = {"llama": tiny.LLAMA, "qwen3": tiny.QWEN3, "gpt2": tiny.GPT2, "bert": tiny.BERT}
+SPECS = {name: {"name": name} for name in registry.NAMES} | {
+    "last_k": {"name": "last_k", "k": 1},
+    "lora": {"name": "lora", "rank": 2, "dropout": 0.1},
+    "quantize": [{"name": "quantize", "kind": "int8"}, {"name": "lora", "rank": 2}],
+    "fish": {"name": "fish", "mask_steps": 1, "density": 0.1},
+    "lt_sft": {"name": "lt_sft", "mask_steps": 2, "density": 0.2, "l1": 0.1, "targets": "mlp/**"},
+    "diff_pruning": {"name": "diff_pruning", "mask_steps": 2, "density": 0.2, "targets": "mlp/**"},
+    "adalora": {"name": "adalora", "rank": 4, "target_rank": 2, "total_steps": 5},
+    "oft": {"name": "oft", "block_size": 8},
+    "boft": {"name": "boft", "block_size": 4, "factors": 2},
+    "said": {"name": "said", "dim": 50, "targets": "attention/{q,v}/kernel"},
+}
+SEARCH = {"fish": 1, "lt_sft": 2, "diff_pruning": 2}
+"""Steps in which a method looks for its mask, and after which it begins again from the base."""
+
+
+VARIANTS = {
+    "random_skips": [{"name": "houlsby", "width": 4, "drop_random": 2}, {"name": "norm_tuning"}],
+    "first_skipped": {"name": "pfeiffer", "width": 8, "drop_first": 1},
+    "lstm": {"name": "p_tuning", "length": 4, "encoder": "lstm", "hidden": 8},
+    "projected": {"name": "prefix_tuning", "length": 4, "project": True},
+    "nf4": [{"name": "quantize", "kind": "nf4"}, {"name": "dora", "rank": 2}],
+    "many": [{"name": "lora", "rank": 2}, {"name": "ia3"}, {"name": "bitfit"}, {"name": "prompt_tuning", "length": 2}],
+}
+"""Options that change what is compiled, and chains: on one family."""
+CASES = [(name, family) for name in SPECS for family in FAMILIES] + [(name, "llama") for name in VARIANTS]
+
+
+@pytest.mark.parametrize(("name", "family"), CASES)
+def test_trains(name, family):
+    spec, search = {**SPECS, **VARIANTS}[name], SEARCH.get(name, 0)
+    options = {"steps": search + 5, "learning_rate": 1e-2, "config": FAMILIES[family]}
+    one, _ = trains.run(spec, remat="none", **options)
+    eight, _ = trains.run(spec, remat="full", shape=(2, 2, 2), **options)
+    assert all(b < a for a, b in itertools.pairwise(one[search:])), one
+    np.testing.assert_allclose(eight, one, atol=1e-5)
