@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tunejax.objectives import chunked
+from tunejax.objectives import chunked, cross_entropy
 
 BATCH, LENGTH, EMBED, VOCAB = 3, 10, 8, 40
 
@@ -24,7 +24,7 @@ def logits(head, h):
 
 
 def chunk_loss(head, hidden, targets, weights, **kw):
-    return chunked.cross_entropy(logits, head, hidden, targets, weights, vocab_size=VOCAB, **kw).loss
+    return cross_entropy.over_positions(logits, head, hidden, targets, weights, vocab_size=VOCAB, **kw).loss
 
 
 @pytest.mark.parametrize("chunk_size", [None, 1, 4, 10])
@@ -83,7 +83,9 @@ def test_bfloat16_keeps_types_and_a_float32_softmax():
 
 def test_accuracy_counts_hits():
     head, hidden, targets, weights = inputs()
-    out = chunked.cross_entropy(logits, head, hidden, targets, weights, vocab_size=VOCAB, chunk_size=4, accuracy=True)
+    out = cross_entropy.over_positions(
+        logits, head, hidden, targets, weights, vocab_size=VOCAB, chunk_size=4, accuracy=True
+    )
     hits = np.argmax(np.asarray(logits(head, hidden)), -1) == np.asarray(targets)
     np.testing.assert_allclose(out.correct, np.sum(np.asarray(weights) * hits), rtol=1e-6)
 
@@ -119,7 +121,7 @@ def test_memory_does_not_grow_with_vocabulary_times_length():
         h = jax.ShapeDtypeStruct((2, length, EMBED), jnp.float32)
         t = jax.ShapeDtypeStruct((2, length), jnp.int32)
         w = jax.ShapeDtypeStruct((2, length), jnp.float32)
-        f = lambda h, t, w: chunked.cross_entropy(logits, big, h, t, w, vocab_size=4096, chunk_size=16).loss  # noqa: E731
+        f = lambda h, t, w: cross_entropy.over_positions(logits, big, h, t, w, vocab_size=4096, chunk_size=16).loss  # noqa: E731
         return jax.jit(jax.grad(f)).lower(h, t, w).compile().memory_analysis().temp_size_in_bytes
 
     assert temp(512) - temp(128) < (512 - 128) * 2 * 4096 * 4 / 20

@@ -7,14 +7,14 @@ from tunejax.core.method import Context
 from tunejax.core.model import Batch, Model
 from tunejax.core.objective import LossOutput, Objective
 from tunejax.core.paths import Params
-from tunejax.objectives import chunked
+from tunejax.objectives import cross_entropy
 
 
 def make(*, label_smoothing: float = 0.0, z_loss: float = 0.0, chunk_size: int | None = None) -> Objective:
     """Cross-entropy of ``targets`` (already shifted), weighted by ``loss_weights``, both [batch, length].
 
     Args:
-      label_smoothing: in [0, 1); see `chunked.cross_entropy`, as are the next two.
+      label_smoothing: in [0, 1); see `cross_entropy.over_positions`, as are the next two.
       z_loss: weight of the squared log-partition.
       chunk_size: positions a chunk of logits; by default chosen by memory.
 
@@ -41,7 +41,7 @@ def vocabulary_loss(
 ) -> LossOutput:
     """The chunked loss of ``hidden`` [batch, length, embed] on the targets and loss_weights of ``batch``."""
     weights = batch["loss_weights"]
-    out = chunked.cross_entropy(
+    out = cross_entropy.over_positions(
         model.logits,
         model.head(params),
         hidden,

@@ -1,4 +1,4 @@
-"""Cross-entropy over a large vocabulary whose logits never exist for a whole sequence.
+"""Losses over a large vocabulary whose logits never exist for a whole sequence.
 
 The loss walks the length axis in chunks and forms the gradient of each chunk while its logits are at hand, so the
 backward pass multiplies by one scalar. Memory grows with ``batch * chunk * vocab``, not with the length, and each
@@ -22,66 +22,89 @@ kinder to caches, larger ones read the head (and add to its gradient) fewer time
 ELSEWHERE = 512 << 20
 """The same on any other platform: narrow products would starve a matrix unit."""
 
+Metrics = dict[str, jax.Array]
 
-class Output(NamedTuple):
-    """loss: float32 scalar, the weighted sum. correct: float32 scalar, the weights of positions whose target has the
-    highest logit (0 unless asked for)."""
 
-    loss: jax.Array
-    correct: jax.Array
+class Given(NamedTuple):
+    """What a loss reads beside the logits, and has no gradient to.
+
+    rows: any pytree of arrays, one row a position: [batch, length, ...] for a caller, [rows, ...] for a `Loss`.
+    whole: any pytree, the same for every position: a teacher's head, say.
+    """
+
+    rows: Any
+    whole: Any = None
+
+
+class Loss(NamedTuple):
+    """A loss of each row of float32 logits x [rows, vocab]. Static: compared by its functions.
+
+    value: (x, given) -> (loss [rows], saved, metrics by name, each [rows]).
+    slope: (x, saved, given, weights [rows]) -> the gradient of ``sum(weights * loss)`` to x.
+    """
+
+    value: Callable[[jax.Array, Given], tuple[jax.Array, Any, Metrics]]
+    slope: Callable[[jax.Array, Any, Given, jax.Array], jax.Array]
+
+
+def differentiated(value: Callable[[jax.Array, Given], tuple[jax.Array, Metrics]]) -> Loss:
+    """The `Loss` of (x, given) -> (loss [rows], metrics), with the slope that JAX finds."""
+
+    def slope(x: jax.Array, saved: Any, given: Given, weights: jax.Array) -> jax.Array:
+        return jax.vjp(lambda x: value(x, given)[0], x)[1](weights)[0]
+
+    def with_saved(x: jax.Array, given: Given) -> tuple[jax.Array, Any, Metrics]:
+        loss, metrics = value(x, given)
+        return loss, None, metrics
+
+    return Loss(with_saved, slope)
 
 
 class _Spec(NamedTuple):
-    """What is static: how leaves make a head, how a head makes logits, and the options."""
+    """What is static: the loss, how leaves make a head, and how a head makes logits."""
 
+    loss: Loss
     logits: Callable[[Params, jax.Array], jax.Array]
     structure: Any
     chunk: int
-    label_smoothing: float
-    z_loss: float
-    accuracy: bool
 
 
-def cross_entropy(
+def weighted_sum(
+    loss: Loss,
     logits: Callable[[Params, jax.Array], jax.Array],
     head: Params,
     hidden: jax.Array,
-    targets: jax.Array,
+    given: Given,
     weights: jax.Array,
     *,
     vocab_size: int,
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
     chunk_size: int | None = None,
-    accuracy: bool = False,
-) -> Output:
-    """Weighted sum of cross-entropies, softmax in float32.
+) -> tuple[jax.Array, Metrics]:
+    """The weighted sums, float32 scalars, of a loss and of its metrics over all positions.
 
     Args:
+      loss: of rows of logits.
       logits: (head, hidden [..., embed]) -> [..., vocab], position-wise.
       head: parameters that ``logits`` reads; leaves may belong to operators.
       hidden: [batch, length, embed].
-      targets: [batch, length] int32. Where the weight is 0 any value will do (-100 too).
+      given: what else the loss reads. Nothing flows back to it.
       weights: [batch, length].
-      vocab_size: entries of the logits, to size the chunks.
-      label_smoothing: e of (1 - e) one_hot + e / vocab, as in `torch.nn.functional.cross_entropy`.
-      z_loss: adds z * logsumexp(logits)^2 a position (PaLM, arXiv:2204.02311, section 5).
+      vocab_size: entries of the logits (of the teacher's too, if the loss makes them), to size the chunks.
       chunk_size: positions a chunk; by default as many as fit `CHUNK_BYTES` on each device of the current mesh.
-      accuracy: also count the targets that have the highest logit; costs one more pass over the logits.
     """
     batch, length, _ = hidden.shape
     leaves, structure = jax.tree.flatten(head)
     chunk = min(chunk_size or default_chunk(batch, vocab_size), length)
     chunks = math.ceil(length / chunk)
     chunk = math.ceil(length / chunks)
-    spec = _Spec(logits, structure, chunk, label_smoothing, z_loss, accuracy)
-    targets = jnp.clip(targets, 0, vocab_size - 1)
     short = chunks * chunk - length
+    rows, whole = jax.lax.stop_gradient(tuple(given))
     if short:
-        hidden, targets, weights = (
-            jnp.pad(x, [(0, 0), (0, short)] + [(0, 0)] * (x.ndim - 2)) for x in (hidden, targets, weights)
+        hidden, rows, weights = jax.tree.map(
+            lambda x: jnp.pad(x, [(0, 0), (0, short)] + [(0, 0)] * (x.ndim - 2)), (hidden, rows, weights)
         )
-    return Output(*_cross_entropy(spec, leaves, hidden, targets, weights.astype(jnp.float32)))
+    spec = _Spec(loss, logits, structure, chunk)
+    return _weighted_sum(spec, leaves, hidden, rows, whole, weights.astype(jnp.float32))
 
 
 def default_chunk(batch: int, vocab_size: int) -> int:
@@ -93,55 +116,37 @@ def default_chunk(batch: int, vocab_size: int) -> int:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _cross_entropy(spec: _Spec, leaves: list, hidden: jax.Array, targets: jax.Array, weights: jax.Array) -> Any:
+def _weighted_sum(spec: _Spec, leaves: list, hidden: jax.Array, rows: Any, whole: Any, weights: jax.Array) -> Any:
     def one(total: Any, start: jax.Array) -> tuple[Any, None]:
-        h, t, w = (_window(x, start, spec.chunk) for x in (hidden, targets, weights))
-        stats = _stats(spec, spec.logits(jax.tree.unflatten(spec.structure, leaves), h), t)
-        return (total[0] + jnp.sum(w * stats.loss), total[1] + jnp.sum(w * stats.correct)), None
+        h, r, w = jax.tree.map(lambda x: _window(x, start, spec.chunk), (hidden, rows, weights))
+        x = spec.logits(jax.tree.unflatten(spec.structure, leaves), h).astype(jnp.float32)
+        losses, _, metrics = spec.loss.value(x, Given(r, whole))
+        return jax.tree.map(lambda t, x: t + jnp.sum(w * x), total, (losses, metrics)), None
 
-    zero = jnp.zeros((), jnp.float32)
-    return _over_chunks(one, (zero, zero), hidden.shape[1], spec.chunk)[0]
-
-
-class _Stats(NamedTuple):
-    x: jax.Array  # float32 logits [rows, vocab]
-    lse: jax.Array  # [rows], as are the others
-    loss: jax.Array
-    correct: jax.Array
+    return _over_chunks(one, _zeros(spec, leaves, hidden, rows, whole), hidden.shape[1], spec.chunk)[0]
 
 
-def _stats(spec: _Spec, logits: jax.Array, targets: jax.Array) -> _Stats:
-    x = logits.astype(jnp.float32)
-    lse = jax.nn.logsumexp(x, axis=-1)
-    hit = jnp.take_along_axis(x, targets[..., None], axis=-1)[..., 0]
-    loss = lse - (1 - spec.label_smoothing) * hit
-    if spec.label_smoothing:
-        loss -= spec.label_smoothing * jnp.mean(x, axis=-1)
-    if spec.z_loss:
-        loss += spec.z_loss * jnp.square(lse)
-    correct = jnp.argmax(x, axis=-1) == targets if spec.accuracy else jnp.zeros_like(lse)
-    return _Stats(x, lse, loss, correct.astype(jnp.float32))
+def _zeros(spec: _Spec, leaves: list, hidden: jax.Array, rows: Any, whole: Any) -> Any:
+    """(0, a 0 for every metric): where the sums begin."""
+
+    def names(leaves: list, hidden: jax.Array, rows: Any, whole: Any) -> Any:
+        x = spec.logits(jax.tree.unflatten(spec.structure, leaves), hidden[:, 0]).astype(jnp.float32)
+        losses, _, metrics = spec.loss.value(x, Given(jax.tree.map(lambda x: x[:, 0], rows), whole))
+        return losses, metrics
+
+    shapes = jax.eval_shape(names, leaves, hidden, rows, whole)
+    return jax.tree.map(lambda x: jnp.zeros((), jnp.float32), shapes)
 
 
-def _slope(spec: _Spec, stats: _Stats, targets: jax.Array, weights: jax.Array) -> jax.Array:
-    """d (weighted loss) / d logits, float32 [rows, vocab], in one elementwise pass."""
-    vocab = stats.x.shape[-1]
-    grown = weights * (1 + 2 * spec.z_loss * stats.lse) if spec.z_loss else weights
-    slope = jnp.exp(stats.x - stats.lse[..., None]) * grown[..., None]
-    at_target = jnp.arange(vocab, dtype=targets.dtype) == targets[..., None]
-    slope -= jnp.where(at_target, (1 - spec.label_smoothing) * weights[..., None], 0)
-    return slope - spec.label_smoothing / vocab * weights[..., None] if spec.label_smoothing else slope
-
-
-def _forward(spec: _Spec, leaves: list, hidden: Any, targets: Any, weights: Any) -> tuple[Any, Any]:
+def _forward(spec: _Spec, leaves: list, hidden: Any, rows: Any, whole: Any, weights: Any) -> tuple[Any, Any]:
     """The loss with the gradients of whatever is perturbed; they are the residuals."""
     values = [x.value for x in leaves]
     wanted = [i for i, x in enumerate(leaves) if x.perturbed]
     to_hidden, to_weights = hidden.perturbed, weights.perturbed
-    h_all, t_all, w_all = hidden.value, targets.value, weights.value
+    rows, whole = jax.tree.map(lambda x: x.value, (rows, whole), is_leaf=_is_primal)
 
     def one(total: Any, start: jax.Array) -> tuple[Any, Any]:
-        h, t, w = (_window(x, start, spec.chunk) for x in (h_all, t_all, w_all))
+        h, r, w = jax.tree.map(lambda x: _window(x, start, spec.chunk), (hidden.value, rows, weights.value))
 
         def head(some: list, h: jax.Array) -> jax.Array:
             full = list(values)
@@ -156,21 +161,26 @@ def _forward(spec: _Spec, leaves: list, hidden: Any, targets: Any, weights: Any)
             logits, pull = jax.vjp(lambda s: head(s, h), some)
         else:
             logits, pull = head(some, h), None
-        stats = _stats(spec, logits, t)
-        back = pull(_slope(spec, stats, t, w).astype(logits.dtype)) if pull else ([],)
-        loss, correct, sums = total
+        x, given = logits.astype(jnp.float32), Given(r, whole)
+        losses, saved, metrics = spec.loss.value(x, given)
+        back = pull(spec.loss.slope(x, saved, given, w).astype(logits.dtype)) if pull else ([],)
+        totals, sums = total
+        totals = jax.tree.map(lambda t, x: t + jnp.sum(w * x), totals, (losses, metrics))
         sums = [s + g.astype(jnp.float32) for s, g in zip(sums, back[0], strict=True)]
-        out = (back[1] if to_hidden else None, stats.loss if to_weights else None)
-        return (loss + jnp.sum(w * stats.loss), correct + jnp.sum(w * stats.correct), sums), out
+        return (totals, sums), (back[1] if to_hidden else None, losses if to_weights else None)
 
-    zero = jnp.zeros((), jnp.float32)
+    zeros = _zeros(spec, values, hidden.value, rows, whole)
     sums = [jnp.zeros(values[i].shape, jnp.float32) for i in wanted]
-    (loss, correct, sums), outs = _over_chunks(one, (zero, zero, sums), h_all.shape[1], spec.chunk)
-    outs = jax.tree.map(lambda x: _joined(x, h_all.shape[:2], spec.chunk), outs)
+    (totals, sums), outs = _over_chunks(one, (zeros, sums), hidden.value.shape[1], spec.chunk)
+    outs = jax.tree.map(lambda x: _joined(x, hidden.value.shape[:2], spec.chunk), outs)
     grads: list = [None] * len(values)
     for i, g in zip(wanted, sums, strict=True):
         grads[i] = g.astype(values[i].dtype)
-    return (loss, correct), (grads, *outs)
+    return totals, (grads, *outs)
+
+
+def _is_primal(x: Any) -> bool:
+    return isinstance(x, jax.custom_derivatives.CustomVJPPrimal)
 
 
 def _backward(spec: _Spec, residuals: Any, slopes: Any) -> tuple[Any, ...]:
@@ -178,10 +188,10 @@ def _backward(spec: _Spec, residuals: Any, slopes: Any) -> tuple[Any, ...]:
     if type(scale) is jax.custom_derivatives.SymbolicZero:
         scale = jnp.zeros((), jnp.float32)
     leaves, hidden, weights = jax.tree.map(lambda g: (g * scale).astype(g.dtype), residuals)
-    return list(leaves), hidden, None, weights
+    return list(leaves), hidden, None, None, weights
 
 
-_cross_entropy.defvjp(_forward, _backward, symbolic_zeros=True)
+_weighted_sum.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 def _window(x: jax.Array, start: jax.Array, chunk: int) -> jax.Array:

@@ -1,0 +1,172 @@
+"""Distillation of logits: any objective, mixed with a teacher's distribution at the same positions.
+
+    alpha · objective + (1 - alpha) · T² · D(teacher at T, student at T)
+
+as Hinton et al. (2015, arXiv:1503.02531) mix them: T² keeps the gradient's size when T changes. The teacher runs in the
+same program, on the batch that the student saw (tokens hidden by masked_lm included), sharded by its own axes. Its
+logits exist for a chunk of positions at a time, as the student's do.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from tunejax.core import errors
+from tunejax.core.method import Context
+from tunejax.core.model import Batch, Model
+from tunejax.core.objective import LossOutput, Objective
+from tunejax.core.paths import Params
+from tunejax.objectives import chunked, divergences
+from tunejax.objectives.chunked import Given, Metrics
+
+DIVERGENCES = ("forward_kl", "reverse_kl", "jensen_shannon", "total_variation", "decoupled")
+
+
+class Options(NamedTuple):
+    """What is common to every source of a teacher's distribution.
+
+    alpha: weight of the wrapped objective, in [0, 1]; 0 leaves it out of the program.
+    temperature: T > 0, of both sides.
+    divergence: one of `DIVERGENCES`.
+    beta: of jensen_shannon, in (0, 1); of decoupled, the weight of its second part.
+    target_weight: of decoupled, the weight of its first part.
+    chunk_size: positions a chunk; by default chosen by memory.
+    """
+
+    alpha: float = 0.5
+    temperature: float = 1.0
+    divergence: str = "forward_kl"
+    beta: float = 0.5
+    target_weight: float = 1.0
+    chunk_size: int | None = None
+
+
+def make(objective: Objective, teacher: Model, params: Params, options: Options = Options()) -> Objective:
+    """``objective`` with a teacher in the same program.
+
+    Args:
+      objective: any that calls ``model.hidden`` once and says by ``loss_weights`` what counts.
+      teacher: its blueprint; its vocabulary (or labels) must be the student's, entry by entry.
+      params: of the teacher.
+      options: how they are mixed.
+
+    Metrics: the objective's; "hard" its loss, "soft" the divergence (times T²); each a mean over its weights.
+
+    Raises:
+      ConfigError: an option out of range; (when traced) a vocabulary of another size.
+    """
+    check_options(options)
+
+    def loss(model: Model, params: Params, frozen: Params, batch: Batch, ctx: Context) -> LossOutput:
+        seen = Seen.by(objective, model, params, frozen["objective"], batch, ctx)
+        hidden = jax.lax.stop_gradient(teacher.hidden(frozen["teacher"], seen.batch)[0])
+        head = teacher.head(frozen["teacher"])
+
+        def log_p(given: Given, count: int) -> jax.Array:
+            logits = teacher.logits(given.whole, given.rows[0]).astype(jnp.float32)
+            _check_sizes(count, logits.shape[-1])
+            return jax.nn.log_softmax(logits / options.temperature, axis=-1)
+
+        def rows(x: jax.Array, given: Given) -> tuple[jax.Array, Metrics]:
+            log_q = jax.nn.log_softmax(x / options.temperature, axis=-1)
+            return divergence(options, log_p(given, x.shape[-1]), log_q, given.rows[1]), {}
+
+        given = Given((hidden, jnp.maximum(seen.batch["targets"], 0)), head)
+        return mixed(seen, options, model, params, rows, given, teacher.vocab_size)
+
+    return Objective(f"{objective.name}+distill", {"objective": objective.frozen, "teacher": params}, loss)
+
+
+class Seen(NamedTuple):
+    """What a wrapped objective computed: its output, and the batch and hidden states that it came from."""
+
+    output: LossOutput
+    batch: Batch
+    hidden: jax.Array
+    aux: dict[str, Any]
+
+    @classmethod
+    def by(
+        cls,
+        objective: Objective,
+        model: Model,
+        params: Params,
+        frozen: Params,
+        batch: Batch,
+        ctx: Context,
+        taps: tuple[str, ...] = (),
+    ) -> "Seen":
+        """Runs the objective once and keeps what it saw, so that nothing runs twice. taps: asked of the model too."""
+        calls: list[Any] = []
+
+        def hidden(params: Params, batch: Batch, **options: Any) -> tuple[jax.Array, dict[str, Any]]:
+            out = model.hidden(params, batch, **{**options, "taps": (*options.get("taps", ()), *taps)})
+            calls.append((batch, *out))
+            return out
+
+        output = objective.loss(model._replace(hidden=hidden), params, frozen, batch, ctx)
+        if len(calls) != 1:
+            raise errors.ConfigError(
+                f"{objective.name} runs the model {len(calls)} times a batch; distillation follows exactly one"
+            )
+        return cls(output, *calls[0])
+
+
+def mixed(
+    seen: Seen,
+    options: Options,
+    model: Model,
+    params: Params,
+    rows: Callable[[jax.Array, Given], tuple[jax.Array, Metrics]],
+    given: Given,
+    more_vocabulary: int = 0,
+) -> LossOutput:
+    """alpha of the objective's loss and 1 - alpha of ``rows`` (per position, before T²), in sums."""
+    hard, weight, metrics = seen.output
+    soft, _ = chunked.weighted_sum(
+        chunked.differentiated(rows),
+        model.logits,
+        model.head(params),
+        seen.hidden,
+        given,
+        seen.batch["loss_weights"],
+        vocab_size=model.vocab_size + more_vocabulary,
+        chunk_size=options.chunk_size,
+    )
+    soft = options.temperature**2 * soft
+    total = options.alpha * hard + (1 - options.alpha) * soft if options.alpha else soft
+    return total, weight, {**metrics, "hard": hard, "soft": soft}
+
+
+def divergence(options: Options, log_p: jax.Array, log_q: jax.Array, targets: jax.Array) -> jax.Array:
+    """The chosen one of rows [rows, n]; targets [rows]."""
+    if options.divergence == "decoupled":
+        return divergences.decoupled(log_p, log_q, targets, options.target_weight, options.beta)
+    if options.divergence == "jensen_shannon":
+        return divergences.jensen_shannon(options.beta)(log_p, log_q)
+    return getattr(divergences, options.divergence)(log_p, log_q)
+
+
+def check_options(options: Options) -> None:
+    """Raises ConfigError naming the option that is out of range."""
+    if options.divergence not in DIVERGENCES:
+        near = errors.did_you_mean(options.divergence, DIVERGENCES)
+        raise errors.ConfigError(f"distill.divergence is {options.divergence!r}. {near}")
+    if not 0 <= options.alpha <= 1:
+        raise errors.ConfigError(f"distill.alpha is {options.alpha}; expected 0 (the teacher alone) to 1 (no teacher)")
+    if options.temperature <= 0:
+        raise errors.ConfigError(
+            f"distill.temperature is {options.temperature}; expected more than 0 (1 to 4 is usual)"
+        )
+    if options.divergence == "jensen_shannon" and not 0 < options.beta < 1:
+        raise errors.ConfigError(f"distill.beta is {options.beta}; expected between 0 and 1 for jensen_shannon")
+
+
+def _check_sizes(ours: int, theirs: int) -> None:
+    if ours != theirs:
+        raise errors.ConfigError(
+            f"the student tells {ours} tokens or labels apart and the teacher {theirs}: "
+            "distilling logits needs the same ones (padding of the vocabulary included)"
+        )
