@@ -13,6 +13,7 @@ from tunejax.core import errors
 from tunejax.core.method import Context
 from tunejax.objectives import causal_lm, classification, distill, divergences, masked_lm
 
+TRAIN = Context(train=True)
 RNG = np.random.default_rng(0)
 LOGITS = 2 * RNG.standard_normal((2, 5, 7), np.float32)
 TARGETS = RNG.integers(0, 7, 5)
@@ -94,7 +95,7 @@ def test_the_mix_and_its_gradient_equal_torch(alpha, chunk_size):
     batch = {**trains.rows(), "loss_weights": RNG.uniform(0, 1, (4, 8)).astype(np.float32)}
 
     def total(params):
-        return objective.loss(table(), params, objective.frozen, batch, Context())[0]
+        return objective.loss(table(), params, objective.frozen, batch, TRAIN)[0]
 
     want, slope = whole(options, x_s, x_t, batch["targets"], batch["loss_weights"])
     got, grads = jax.value_and_grad(total)({"logits": jnp.asarray(x_s)})
@@ -110,7 +111,7 @@ def test_gradients_of_parameters_do_not_depend_on_the_chunk():
     def grads(chunk_size):
         options = distill.Options(temperature=2.0, divergence="reverse_kl", chunk_size=chunk_size)
         objective = distill.make(causal_lm.make(), student, teacher, options)
-        return jax.grad(lambda p: objective.loss(student, p, objective.frozen, batch, Context())[0])(params)
+        return jax.grad(lambda p: objective.loss(student, p, objective.frozen, batch, TRAIN)[0])(params)
 
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), grads(3), grads(8))
 
@@ -120,7 +121,7 @@ def test_a_teacher_like_the_student_teaches_nothing_and_gets_no_gradient():
     objective = distill.make(causal_lm.make(), m, p, distill.Options(alpha=0.0, temperature=3.0))
 
     def total(params, frozen):
-        return objective.loss(m, params, frozen, trains.rows(), Context())[0]
+        return objective.loss(m, params, frozen, trains.rows(), TRAIN)[0]
 
     loss, (to_student, to_teacher) = jax.value_and_grad(total, argnums=(0, 1))(p, objective.frozen)
     np.testing.assert_allclose(loss, 0, atol=1e-5)
@@ -152,11 +153,13 @@ def test_labels_are_distilled_at_the_labelled_position():
     batch["loss_weights"][:, 0] = 1
     batch["targets"] = np.tile(np.arange(4, dtype=np.int32)[:, None] % 3, (1, 8))
     objective = distill.make(classification.make(), m, other, distill.Options(alpha=0.0))
-    loss, weight, metrics = objective.loss(m, p, objective.frozen, batch, Context())
+    loss, weight, metrics = objective.loss(m, p, objective.frozen, batch, TRAIN)
     x, y = (torch.tensor(np.asarray(m.logits(q, m.hidden(q, batch)[0])[:, 0])) for q in (p, other))
     np.testing.assert_allclose(loss, kl(F.log_softmax(y, -1), F.log_softmax(x, -1)).sum().item(), rtol=1e-5)
     assert float(weight) == 4
     assert {"hard", "soft", "accuracy"} <= set(metrics)
+    alone = classification.make().loss(m, p, {}, batch, Context())
+    jax.tree.map(np.testing.assert_array_equal, objective.loss(m, p, objective.frozen, batch, Context()), alone)
 
 
 @pytest.mark.parametrize(
@@ -178,4 +181,4 @@ def test_another_vocabulary_is_refused():
     wider = m._replace(logits=lambda head, x: jnp.pad(m.logits(head, x), [(0, 0)] * (x.ndim - 1) + [(0, 2)]))
     objective = distill.make(causal_lm.make(), wider, p)
     with pytest.raises(errors.ConfigError, match="31 tokens or labels apart and the teacher 33"):
-        objective.loss(m, p, objective.frozen, trains.rows(), Context())
+        objective.loss(m, p, objective.frozen, trains.rows(), TRAIN)

@@ -1,6 +1,7 @@
 """YAML and ``key=value`` overrides to a checked Config; every problem of a config in one message."""
 
 import re
+import types
 from pathlib import Path
 from typing import Any, get_args
 
@@ -157,8 +158,10 @@ def keys(section: type[BaseModel] = schema.Config, prefix: str = "") -> list[str
 
 
 def _model_of(annotation: Any) -> type[BaseModel] | None:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
+    optional = isinstance(annotation, types.UnionType)  # a section that may be left out
+    for one in get_args(annotation) if optional else [annotation]:
+        if isinstance(one, type) and issubclass(one, BaseModel):
+            return one
     return None
 
 

@@ -28,6 +28,17 @@ class ModelSection(Section):
     param_dtype: Dtype = Field("float32", description="of the frozen base")
     remat: str = Field("projections", description="what the backward pass keeps: none (all), dots, projections, full")
     dropout: float | None = Field(None, ge=0, lt=1, description="instead of the checkpoint's own")
+    layers: list[int] | None = Field(
+        None, min_length=1, description="only these layers of the checkpoint, ascending: a shallower student"
+    )
+    random_init: bool = Field(False, description="the checkpoint's shape and tokenizer, with fresh random weights")
+
+    @field_validator("layers")
+    @classmethod
+    def _ascending(cls, value: list[int] | None) -> list[int] | None:
+        if value is not None and (value != sorted(set(value)) or value[0] < 0):
+            raise ValueError(f"the layers to keep count from 0 and ascend, such as [0, 2, 4]; found {value}")
+        return value
 
 
 class Source(Section):
@@ -80,6 +91,19 @@ class ObjectiveSection(BaseModel):
 
     model_config = ConfigDict(extra="allow")
     name: Literal["causal_lm", "masked_lm", "classification"] = "causal_lm"
+
+
+class DistillSection(Section):
+    """A teacher, whose distribution the objective is mixed with; see `objectives.distill`."""
+
+    teacher: str = Field(
+        min_length=1, description="run folder, model folder or hub id; 'base': the model itself, without what trains"
+    )
+    alpha: float = Field(0.5, ge=0, le=1, description="weight of the objective; the teacher has the rest")
+    temperature: float = Field(2.0, gt=0)
+    divergence: Literal["forward_kl", "reverse_kl", "jensen_shannon", "total_variation", "decoupled"] = "forward_kl"
+    beta: float = Field(0.5, description="of jensen_shannon, and of the second part of decoupled")
+    target_weight: float = Field(1.0, description="of the first part of decoupled")
 
 
 class TrainSection(Section):
@@ -189,6 +213,7 @@ class Config(Section):
     data: DataSection
     method: dict[str, Any] | list[dict[str, Any]] = Field(description="one method, or a list to chain")
     objective: ObjectiveSection = ObjectiveSection()
+    distill: DistillSection | None = None
     train: TrainSection = TrainSection()  # type: ignore[call-arg]
     mesh: MeshSection = MeshSection()  # type: ignore[call-arg]
     generation: GenerationSection = GenerationSection()  # type: ignore[call-arg]

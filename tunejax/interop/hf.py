@@ -111,6 +111,7 @@ def load(
     param_dtype: Any = jnp.float32,
     shardings: Callable[[paths.Path], jax.sharding.Sharding | None] | None = None,
     key: Any = None,
+    layers: tuple[int, ...] | None = None,
 ) -> tuple[Params, LoadReport]:
     """The parameters of a checkpoint, stacked, in ``param_dtype``, each where its sharding wants it.
 
@@ -118,7 +119,7 @@ def load(
 
     Args:
       folder: a local checkpoint (see `resolve`).
-      config: of `read_config`, perhaps with another number of labels.
+      config: of `read_config`, perhaps with another number of labels; of layers, where ``layers`` names which.
       head, cuts: as in `models.build`.
       shardings: of each path; None for the default device.
       key: draws a head that the checkpoint lacks.
@@ -131,7 +132,7 @@ def load(
     key = jax.random.key(0) if key is None else key
     shapes = paths.flatten(jax.eval_shape(model.init, key))
     stored = tensors.open_folder(folder)
-    plan = names.plan(registry.get(config.family), config, head, shapes, stored)
+    plan = names.plan(registry.get(config.family), config, head, shapes, stored, layers)
     fresh = [p for p in plan.absent if any(paths.matches(h, p) for h in FRESH_HEADS)]
     problems = plan.problems + [plan.absent[p] for p in plan.absent if p not in fresh]
     if problems:

@@ -56,8 +56,12 @@ def plan(
     head: str,
     shapes: Mapping[Path, Any],
     stored: Mapping[str, tensors.Stored],
+    kept: tuple[int, ...] | None = None,
 ) -> Plan:
-    """Finds every leaf of ``shapes`` in a checkpoint; shapes that disagree are problems, leaves not found absent."""
+    """Finds every leaf of ``shapes`` in a checkpoint; shapes that disagree are problems, leaves not found absent.
+
+    kept: the checkpoint's layers that make the stack, where it is not all of them.
+    """
     table = {t.ours: t for t in family.tensors(config, head)}
     starts, sources, absent, problems, used = _starts(shapes), {}, {}, [], set()
     for path, like in shapes.items():
@@ -68,7 +72,10 @@ def plan(
             absent[path] = f"{path}: {family.model_type} checkpoints have no such tensor"
             continue
         entry = table[ours]
-        layers = [starts[segment] + i for i in range(like.shape[0])] if segment is not None else [None]
+        layers: list[int | None] = [None]
+        if segment is not None:
+            at = range(starts[segment], starts[segment] + like.shape[0])
+            layers = [i if kept is None else kept[i] for i in at]
         want = tuple(like.shape[1:] if segment is not None else like.shape)
         rows = []
         for layer in layers:

@@ -52,6 +52,8 @@ def make(objective: Objective, teacher: Model, params: Params, options: Options 
       params: of the teacher.
       options: how they are mixed.
 
+    Evaluation measures the wrapped objective alone; the teacher does not run.
+
     Metrics: the objective's; "hard" its loss, "soft" the divergence (times T²); each a mean over its weights.
 
     Raises:
@@ -60,6 +62,8 @@ def make(objective: Objective, teacher: Model, params: Params, options: Options 
     check_options(options)
 
     def loss(model: Model, params: Params, frozen: Params, batch: Batch, ctx: Context) -> LossOutput:
+        if not ctx.train:  # so that losses of a run with a teacher and of one without can be compared
+            return objective.loss(model, params, frozen["objective"], batch, ctx)
         seen = Seen.by(objective, model, params, frozen["objective"], batch, ctx)
         hidden = jax.lax.stop_gradient(teacher.hidden(frozen["teacher"], seen.batch)[0])
         head = teacher.head(frozen["teacher"])

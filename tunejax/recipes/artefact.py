@@ -89,7 +89,7 @@ def plain(model: str, dtype: str = "float32") -> Tuned:
     named = {"path": model, "dtype": dtype, "param_dtype": dtype}
     raw = {"output_dir": "unused", "model": named, "data": {"path": "unused", "max_length": 2}, "method": "none"}
     config = load.check(raw)
-    parts = assemble.parts(config, assemble.opened(config, method_lib.method("none", _nothing, _as_it_is)))
+    parts = assemble.parts(config, assemble.opened(config, NOTHING))
     return Tuned(parts, assemble.load(parts).params, {}, {})
 
 
@@ -99,6 +99,10 @@ def _nothing(key: Any, params: paths.Params) -> method_lib.Start:
 
 def _as_it_is(params: paths.Params, train: Any, state: Any, ctx: method_lib.Context) -> paths.Params:
     return params
+
+
+NOTHING = method_lib.method("none", _nothing, _as_it_is)
+"""The method that tunes nothing."""
 
 
 def is_run(text: str) -> bool:

@@ -86,7 +86,7 @@ def opened(config: schema.Config, method: Method | None = None) -> Opened:
         )
     if method is None:
         method = registry.build(config.method, lambda text: list(tokenizer(text)["input_ids"]))
-    shape = model_shape(config, found, None)
+    shape = model_shape(config, with_layers(config, found), None)
     if config.data.max_length + method.prefix > found.max_positions:
         raise errors.ConfigError(
             f"data.max_length is {config.data.max_length}, {method.name} takes {method.prefix} positions before it, "
@@ -117,6 +117,19 @@ def parts(config: schema.Config, from_: Opened, *, num_labels: int | None = None
     )
     made = objective(config, tokenizer)
     return Parts(config, config.model.path, folder, model_config, tokenizer, method, model, made, mesh)
+
+
+def with_layers(config: schema.Config, found: ModelConfig) -> ModelConfig:
+    """The checkpoint's shape with the layers that the config keeps. Raises ConfigError where it names one too many."""
+    kept = config.model.layers
+    if kept is None:
+        return found
+    if kept[-1] >= found.num_layers:
+        raise errors.ConfigError(
+            f"model.layers names layer {kept[-1]}, and {config.model.path} has {found.num_layers}: "
+            f"0 to {found.num_layers - 1}"
+        )
+    return dataclasses.replace(found, num_layers=len(kept))
 
 
 def model_shape(config: schema.Config, found: ModelConfig, num_labels: int | None) -> ModelConfig:
@@ -162,17 +175,22 @@ def objective(config: schema.Config, tokenizer: Any) -> Objective:
 
 def load(p: Parts) -> Loaded:
     """The checkpoint on the mesh, a fresh head drawn from the seed, and the digest of what was read."""
-    shapes = jax.eval_shape(p.model.init, jax.random.key(0))
-    places = paths.flatten(sharding.params_shardings(p.mesh, sharding.RULES, p.model.axes, shapes))
-    params, report = hf.load(
-        p.folder,
-        p.model_config,
-        head=p.config.model.head or "lm",
-        cuts=p.method.cuts(p.model_config.num_layers),
-        param_dtype=jax.numpy.dtype(p.config.model.param_dtype),
-        shardings=places.get,
-        key=jax.random.fold_in(jax.random.key(p.config.seed), 7),
-    )
+    key = jax.random.fold_in(jax.random.key(p.config.seed), 7)
+    shapes = jax.eval_shape(p.model.init, key)
+    places = sharding.params_shardings(p.mesh, sharding.RULES, p.model.axes, shapes)
+    if p.config.model.random_init:
+        params, report = jax.jit(p.model.init, out_shardings=places)(key), hf.LoadReport([], [])
+    else:
+        params, report = hf.load(
+            p.folder,
+            p.model_config,
+            head=p.config.model.head or "lm",
+            cuts=p.method.cuts(p.model_config.num_layers),
+            param_dtype=jax.numpy.dtype(p.config.model.param_dtype),
+            shardings=paths.flatten(places).get,
+            key=key,
+            layers=None if p.config.model.layers is None else tuple(p.config.model.layers),
+        )
     fresh, flat = list(report.fresh), paths.flatten(params)
     read = digest.leaf_digests(paths.unflatten({k: x for k, x in flat.items() if k not in fresh}))
     drawn = digest.leaf_digests(paths.unflatten({k: flat[k] for k in fresh}))

@@ -40,6 +40,11 @@ def _peft(output: Path, tuned: artefact.Tuned, args: argparse.Namespace) -> None
     if args.dtype:
         raise errors.ConfigError("--dtype is of merged weights; an adapter for PEFT is float32")
     parts = tuned.parts
+    if parts.config.model.layers or parts.config.model.random_init:
+        raise errors.ConfigError(
+            "the run's base is not the checkpoint as it is (model.layers, model.random_init), and "
+            "an adapter alone would go on another: export it with --format hf"
+        )
     specs = parts.config.method if isinstance(parts.config.method, list) else [parts.config.method]
     where = locate.model(parts.config.model.path)
     base = str(parts.folder.resolve()) if Path(where).is_dir() else where

@@ -57,7 +57,7 @@ class Judge(NamedTuple):
         tokenizer = self.parts.tokenizer
         examples = [self.rows.held_out.store[i] for i in range(min(limit, len(self.rows.held_out)))]
         tasks = [exact_match.task(e.tokens, e.targets, e.loss_weights, tokenizer) for e in examples]
-        size = min(32, len(tasks))
+        size = max(1, min(32, len(tasks)))
         return exact_match.answers(generator(self.parts, params), tasks, tokenizer, batch_size=size)
 
     def free(self, params: Any) -> list[tuple[str, str]]:

@@ -12,7 +12,7 @@ from tunejax import plots
 from tunejax.config import load, schema
 from tunejax.core import digest, errors, paths, table
 from tunejax.methods import report
-from tunejax.recipes import adapter, assemble, folder, rows, runtime, samples, settings
+from tunejax.recipes import adapter, assemble, folder, rows, runtime, samples, settings, teacher
 from tunejax.train import checkpoint, loop, metrics, sharding, state, step
 
 
@@ -56,6 +56,7 @@ def run(config: schema.Config) -> dict[str, Any]:
     fresh = {p: adapter.on_host(paths.get(loaded.params, p)) for p in loaded.fresh if p not in shapes.edits}
     key = jax.random.key(config.seed)
     begun, base = state.start(parts.model, parts.method, optimizer, loaded.params, key, mesh)
+    parts = teacher.beside(parts, base)
     loaded = loaded._replace(params={})  # what trains whole has moved out of it
 
     # The loop. From here on files are written.

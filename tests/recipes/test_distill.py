@@ -1,0 +1,113 @@
+"""Distillation by whole commands: from a run into a shallower student, from the base into its adapter."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import transformers
+
+sys.path.insert(0, str(Path(__file__).parent))
+import worlds
+
+from tunejax import cli
+from tunejax.core import paths
+from tunejax.recipes import artefact
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    """The compilation cache goes to a folder of the tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TUNEJAX_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A world with a finished run, the teacher."""
+    folder = tmp_path_factory.mktemp("world")
+    longer = ["method=full", "train.max_steps=30", "train.learning_rate=0.01", "generation.num_samples=0"]
+    assert cli.main(["train", str(worlds.make(folder)), *longer]) == 0
+    return folder
+
+
+def student(world, name, *changes):
+    """Trains into the folder ``name``; (exit code, what its metrics say of training)."""
+    out = world / name
+    options = [f"output_dir={out}", "generation.num_samples=0", "evaluation.exact_match=false"]
+    code = cli.main(["train", str(world / "my.yaml"), *options, *changes])
+    file = out / "metrics.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    return code, [row for row in rows if "loss" in row]
+
+
+def test_a_shallower_student_learns_from_a_run_and_is_exported(world, tmp_path):
+    code, rows = student(
+        world, "small", f"distill={{teacher: {world / 'run'}, alpha: 0.25}}", "model.layers=[1]", "method=full",
+        "train.max_steps=12", "train.learning_rate=0.01",
+    )  # fmt: skip
+    assert code == 0
+    for row in rows:
+        np.testing.assert_allclose(row["loss"], 0.25 * row["hard"] + 0.75 * row["soft"], rtol=1e-5)
+    assert rows[-1]["soft"] < rows[0]["soft"]
+    assert "eval_soft" not in json.loads((world / "small" / "summary.json").read_text())
+    assert cli.main(["export", str(world / "small"), "--output", str(tmp_path / "hf")]) == 0
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    assert model.config.num_hidden_layers == 1
+
+
+def test_the_layers_that_are_kept_are_the_checkpoints(world):
+    whole = artefact.plain(str(world / "model")).params
+    student(world, "second", "model.layers=[1]", "train.max_steps=1")
+    kept = paths.flatten(artefact.open_run(str(world / "second")).base)
+    for path, leaf in paths.flatten(whole).items():
+        if leaf is not None:
+            np.testing.assert_array_equal(leaf[1:] if path.startswith("layers/") else leaf, kept[path])
+
+
+def test_the_base_teaches_its_own_soft_prompt(world):
+    code, rows = student(
+        world, "itself", "distill={teacher: base, alpha: 0}", "method={name: prompt_tuning, length: 2}",
+        "train.max_steps=10", "train.learning_rate=0.3",
+    )  # fmt: skip
+    assert code == 0
+    assert rows[-1]["soft"] < rows[0]["soft"]
+
+
+def test_a_student_from_random_weights_differs_by_its_seed(world):
+    for name, seed in (("a", 0), ("b", 1)):
+        code, _ = student(world, name, "model.random_init=true", f"seed={seed}", "train.max_steps=1")
+        assert code == 0
+    a, b = (paths.flatten(artefact.open_run(str(world / name)).base) for name in "ab")
+    assert not np.array_equal(a["embed/table"], b["embed/table"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        (["distill={teacher: nowhere/at/all}"], "no checkpoint folder at nowhere/at/all"),
+        (["distill={teacher: base}", "method=full"], "full trains"),
+        (["distill={teacher: base, temperature: 0}"], "distill.temperature"),
+        (["distill.teachr=base"], "Did you mean 'distill.teacher'"),
+        (["model.layers=[0, 2]"], "model.layers names layer 2"),
+        (["model.layers=[1, 0]"], "ascend"),
+    ],
+)
+def test_what_does_not_fit_is_told(world, capsys, changes, says):
+    code, _ = student(world, "none", *changes)
+    assert code == 2
+    err = capsys.readouterr().err
+    assert says in err
+    assert "Traceback" not in err
+
+
+def test_another_vocabulary_is_refused(world, tmp_path, capsys):
+    config = json.loads((world / "model" / "config.json").read_text())
+    assert config["vocab_size"] == 20
+    folder = worlds.checkpoint(tmp_path / "other")
+    raw = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**raw, "vocab_size": 21}))
+    assert student(world, "none", f"distill={{teacher: {folder}}}")[0] == 2
+    assert "expected (21, 16)" in capsys.readouterr().err

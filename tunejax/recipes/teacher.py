@@ -1,0 +1,108 @@
+"""The teacher of a run: another model, a run, or the base itself, put beside the run's objective."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from tunejax.core import errors, paths
+from tunejax.core.model import Batch, Model
+from tunejax.core.paths import Params
+from tunejax.objectives import distill
+from tunejax.recipes import artefact, assemble
+
+ITSELF = "base"
+
+
+def beside(parts: assemble.Parts, base: Params) -> assemble.Parts:
+    """``parts`` with the objective that ``config.distill`` asks for; as they are where it asks for none.
+
+    Args:
+      parts: of the run.
+      base: what the run holds frozen. As the teacher it costs no memory.
+
+    Raises:
+      ConfigError, CheckpointError: the teacher cannot be opened, lacks a head, or tells other tokens apart.
+    """
+    section = parts.config.distill
+    if section is None:
+        return parts
+    model, params = _itself(parts, base) if section.teacher == ITSELF else _opened(parts, section.teacher)
+    options = distill.Options(**section.model_dump(exclude={"teacher"}))
+    return parts._replace(objective=distill.make(parts.objective, model, params, options))
+
+
+def _itself(parts: assemble.Parts, base: Params) -> tuple[Model, Params]:
+    """The base as a teacher; it does not see the student's virtual tokens."""
+    holes = [p for p, x in paths.flatten(base).items() if x is None and parts.model.axes.get(p) and _needed(parts, p)]
+    if holes:
+        raise errors.ConfigError(
+            f"distill.teacher is 'base', and {parts.method.name} trains {holes[0]} itself, so no base is left: "
+            "use a method that leaves it frozen, or name the model again as distill.teacher"
+        )
+    model = parts.model
+
+    def hidden(params: Params, batch: Batch, **options: Any) -> Any:
+        return model.hidden(params, without_prompt(batch, model.vocab_size, parts.method.prompt), **options)
+
+    return model._replace(hidden=hidden), base
+
+
+def _needed(parts: assemble.Parts, path: str) -> bool:
+    """Whether the model has an array there before any method: an empty slot is no hole."""
+    shapes = paths.flatten(jax.eval_shape(parts.model.init, jax.random.key(0)))
+    return shapes.get(path) is not None
+
+
+def without_prompt(batch: Batch, vocab_size: int, prompt: int) -> dict[str, Any]:
+    """``batch`` with the virtual tokens as padding, and the tokens after them counted from 0."""
+    virtual = batch["tokens"] >= vocab_size
+    return {
+        **batch,
+        "tokens": jnp.where(virtual, 0, batch["tokens"]),
+        "segment_ids": jnp.where(virtual, 0, batch["segment_ids"]),
+        "positions": jnp.maximum(batch["positions"] - prompt, 0),
+    }
+
+
+def _opened(parts: assemble.Parts, name: str) -> tuple[Model, Params]:
+    """A run folder's tuned model, or a checkpoint, with the student's kind of head, on the student's mesh."""
+    mesh = [f"mesh.{axis}={size}" for axis, size in parts.mesh.shape.items()]
+    head = parts.config.model.head or "lm"
+    if artefact.is_run(name):
+        tuned = artefact.open_run(name, mesh)
+        theirs = tuned.parts.config.model.head or "lm"
+        if theirs != head:
+            raise errors.ConfigError(f"distill.teacher {name} has the head {theirs!r}; the student's is {head!r}")
+        model, params, shape = tuned.parts.model, tuned.params, tuned.parts.model_config
+    else:
+        model, params, shape = _checkpoint(parts, name, head)
+    ours = parts.model_config
+    if (shape.num_labels if head == "classification" else shape.vocab_size) != (
+        ours.num_labels if head == "classification" else ours.vocab_size
+    ):
+        raise errors.ConfigError(
+            f"distill.teacher {name} has a vocabulary of {shape.vocab_size} tokens and {shape.num_labels} labels; the "
+            f"student {ours.vocab_size} and {ours.num_labels}: distilling logits needs the same ones"
+        )
+    if shape.max_positions < parts.config.data.max_length:
+        raise errors.ConfigError(
+            f"distill.teacher {name} has {shape.max_positions} positions, and data.max_length is "
+            f"{parts.config.data.max_length}"
+        )
+    return model, params
+
+
+def _checkpoint(parts: assemble.Parts, name: str, head: str) -> tuple[Model, Params, Any]:
+    config = parts.config.model_copy(
+        update={"model": parts.config.model.model_copy(update={"path": name, "layers": None, "random_init": False})}
+    )
+    opened = assemble.opened(config, artefact.NOTHING)
+    theirs = assemble.parts(config, opened, num_labels=parts.model_config.num_labels, mesh=parts.mesh)
+    loaded = assemble.load(theirs)
+    if loaded.fresh:
+        raise errors.CheckpointError(
+            f"distill.teacher {name} has no {loaded.fresh[0]}, so it cannot teach a model with the head {head!r}: "
+            "name a run that tuned it"
+        )
+    return theirs.model, loaded.params, theirs.model_config
