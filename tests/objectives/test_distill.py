@@ -1,5 +1,7 @@
 """Distillation of logits against torch: losses to 1e-6, gradients to 1e-5; and the wrapped objective as it was."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,8 @@ import trains
 
 from tunejax.core import errors
 from tunejax.core.method import Context
+from tunejax.methods import registry
+from tunejax.models import build
 from tunejax.objectives import causal_lm, classification, distill, divergences, masked_lm
 
 TRAIN = Context(train=True)
@@ -182,3 +186,29 @@ def test_another_vocabulary_is_refused():
     objective = distill.make(causal_lm.make(), wider, p)
     with pytest.raises(errors.ConfigError, match="31 tokens or labels apart and the teacher 33"):
         objective.loss(m, p, objective.frozen, trains.rows(), TRAIN)
+
+
+def test_memory_hardly_grows_with_the_vocabulary():
+    """What a step needs beside its arguments, for vocabularies of which one batch of logits is far over a chunk."""
+
+    def needed(vocab):
+        config = dataclasses.replace(tiny.LLAMA, vocab_size=vocab, max_positions=256)
+        teacher = build.build(dataclasses.replace(config, num_layers=4, embed_dim=32), head="lm")
+        frozen = jax.eval_shape(teacher.init, jax.random.key(0))
+        model = build.build(config, head="lm")
+        objective = distill.make(causal_lm.make(), teacher, frozen, distill.Options(temperature=2.0))
+        params = jax.eval_shape(model.init, jax.random.key(0))
+        method = registry.build({"name": "lora", "rank": 2})
+        start = jax.eval_shape(method.init, jax.random.key(0), params)
+        batch = {k: jax.ShapeDtypeStruct((8, 256), x.dtype) for k, x in trains.rows().items()}
+
+        def loss(train, state, params, frozen, batch):
+            bound = method.bind(params, train, state, Context())
+            return objective.loss(model, bound, frozen, batch, TRAIN)[0]
+
+        compiled = jax.jit(jax.grad(loss)).lower(start.train, start.state, params, objective.frozen, batch).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    small, large = needed(16_000), needed(32_000)
+    assert large < 4 * 8 * 256 * 32_000  # not even one such array, of the two that a naive loss has
+    assert large < 1.2 * small
