@@ -13,6 +13,7 @@ FAMILIES = {"llama": tiny.LLAMA, "qwen3": tiny.QWEN3, "gpt2": tiny.GPT2, "bert":
 SPECS = {name: {"name": name} for name in registry.NAMES} | {
     "last_k": {"name": "last_k", "k": 1},
     "lora": {"name": "lora", "rank": 2, "dropout": 0.1},
+    "lora_plus": {"name": "lora_plus", "rank": 2, "ratio": 2.0},
     "quantize": [{"name": "quantize", "kind": "int8"}, {"name": "lora", "rank": 2}],
     "fish": {"name": "fish", "mask_steps": 1, "density": 0.1},
     "lt_sft": {"name": "lt_sft", "mask_steps": 2, "density": 0.2, "l1": 0.1, "targets": "mlp/**"},
