@@ -42,7 +42,7 @@ def prefix_tuning(
     init: str = "random",
     layers: str | int | None = None,
 ) -> Method:
-    """Trains keys and values before those of the text, in every layer.
+    """Trains keys and values before those of the text, in every layer (arXiv:2101.00190).
 
     Args:
       length: how many.
@@ -67,7 +67,7 @@ def prefix_tuning(
 
 
 def p_tuning_v2(length: int = 20, init: str = "random", layers: str | int | None = None) -> Method:
-    """Deep prompts of P-tuning v2: trained keys and values in every layer, without an MLP; see `prefix_tuning`."""
+    """Trains keys and values in every layer without an MLP (arXiv:2110.07602); otherwise `prefix_tuning`."""
     return prefix_tuning(length, init=init, layers=layers)._replace(name="p_tuning_v2")
 
 
