@@ -38,7 +38,7 @@ class CompareSection(schema.Section):
 
 
 def read(path: str, assignments: list[str]) -> tuple[CompareSection, dict[tuple[str, int], schema.Config]]:
-    """(section, the whole config of each run by label and seed).
+    """(section, the whole config of each run by label and seed). ``compare.seeds=[0]`` overrides the section itself.
 
     Raises:
       ConfigError: every problem of the section; of the first run that has one.
@@ -47,6 +47,10 @@ def read(path: str, assignments: list[str]) -> tuple[CompareSection, dict[tuple[
     if not isinstance(raw.get("compare"), dict):
         raise errors.ConfigError(f"{path} has no section `compare`, which names the methods to compare")
     given = raw.pop("compare")
+    for text in (a for a in assignments if a.startswith("compare.")):
+        name, _, value = text.removeprefix("compare.").partition("=")
+        given[name] = load.parse_yaml(value, f"override {text!r}")
+    assignments = [a for a in assignments if not a.startswith("compare.")]
     try:
         section = CompareSection.model_validate(given)
     except ValidationError as e:

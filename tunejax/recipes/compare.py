@@ -45,8 +45,8 @@ class Line(NamedTuple):
 def main(args: argparse.Namespace) -> int:
     """Trains what is not trained yet and writes table and pictures; 1 where a run failed."""
     section, runs = compare_config.read(args.config, args.overrides)
-    out = next(iter(runs.values())).output_dir.partition("/runs/")[0]
-    lines = compare(section, runs, Path(out))
+    out = Path(next(iter(runs.values())).output_dir).parents[2]
+    lines = compare(section, runs, out)
     print(markdown(lines, section))
     print(f"\n{out}: table.md, table.csv, table.json, index.html and pictures")
     return int(any(line.failed for line in lines))
