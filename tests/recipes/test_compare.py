@@ -31,14 +31,6 @@ def scales():
 '''
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    """The compilation cache goes to a folder of the tests."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TUNEJAX_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """A folder with compare.yaml: a method of the package and one of a user's own, on two seeds."""
