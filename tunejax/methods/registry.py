@@ -48,6 +48,8 @@ NAMES: dict[str, str] = {
     "p_tuning": "tunejax.methods.p_tuning:p_tuning",
     "prefix_tuning": "tunejax.methods.prefix:prefix_tuning",
     "p_tuning_v2": "tunejax.methods.prefix:p_tuning_v2",
+    "mam": "tunejax.methods.mam:mam",
+    "s4": "tunejax.methods.s4:s4",
 }
 """Name in a config -> where its factory lies."""
 
