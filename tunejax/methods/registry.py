@@ -49,6 +49,8 @@ NAMES: dict[str, str] = {
     "prefix_tuning": "tunejax.methods.prefix:prefix_tuning",
     "p_tuning_v2": "tunejax.methods.prefix:p_tuning_v2",
     "mam": "tunejax.methods.mam:mam",
+    "gated": "tunejax.methods.gated:gated",
+    "unipelt": "tunejax.methods.unipelt:unipelt",
     "s4": "tunejax.methods.s4:s4",
 }
 """Name in a config -> where its factory lies."""
