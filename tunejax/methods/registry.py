@@ -52,6 +52,7 @@ NAMES: dict[str, str] = {
     "gated": "tunejax.methods.gated:gated",
     "unipelt": "tunejax.methods.unipelt:unipelt",
     "s4": "tunejax.methods.s4:s4",
+    "loftq": "tunejax.methods.loftq:loftq",
     "lst": "tunejax.methods.lst:lst",
 }
 """Name in a config -> where its factory lies."""
