@@ -54,6 +54,7 @@ NAMES: dict[str, str] = {
     "s4": "tunejax.methods.s4:s4",
     "loftq": "tunejax.methods.loftq:loftq",
     "lst": "tunejax.methods.lst:lst",
+    "adapter_fusion": "tunejax.methods.fusion:adapter_fusion",
 }
 """Name in a config -> where its factory lies."""
 
