@@ -23,7 +23,6 @@ GPT2 = dataclasses.replace(
     tiny.BERT, family="gpt2", kind="decoder", num_labels=0, type_vocab_size=0, activation="gelu_tanh"
 )
 QWEN3 = dataclasses.replace(tiny.LLAMA, family="qwen3", qk_norm=True, tie_embeddings=True)
-FAMILIES = [(tiny.LLAMA, "lm"), (QWEN3, "lm"), (GPT2, "lm"), (tiny.BERT, "mlm")]
 
 
 def trained(config=tiny.LLAMA, head="lm", cuts=()):
@@ -63,20 +62,23 @@ def test_the_formula():
     method, m, p, train = trained()
     tokens = np.random.default_rng(0).integers(1, 31, (1, 6)).astype(np.int32)
     batch = full_batch(jnp.asarray(tokens))
-    states = np.asarray(m.hidden(p, batch, taps=("hidden",))[1]["hidden"], np.float64)[:, 0]
+    tapped = jax.jit(lambda p: m.hidden(p, batch, taps=("hidden",)))
+    states = np.asarray(tapped(p)[1]["hidden"], np.float64)[:, 0]
     t = jax.tree.map(lambda x: np.asarray(x, np.float64), train["ladder"])
     s = np.asarray(p["embed"]["table"], np.float64)[tokens[0]] @ t["first"]
     for i, h in enumerate(states):
         mu = 1 / (1 + np.exp(-t["gate"][i] / 0.1))
         s = block(jax.tree.map(lambda x, i=i: x[i], t["blocks"]), mu * h @ t["down"][i] + (1 - mu) * s)
     expected = rms(states[-1] + s @ t["up"], np.asarray(p["norm"]["scale"]))
-    found = m.hidden(method.bind(p, train, {}, Context()), batch)[0]
+    found, taps = tapped(method.bind(p, train, {}, Context()))
     np.testing.assert_allclose(found[0], expected, atol=1e-4)
+    np.testing.assert_allclose(taps["hidden"][:, 0], states, atol=1e-5)
 
 
-@pytest.mark.parametrize(("config", "head"), FAMILIES, ids=lambda x: getattr(x, "family", None))
-def test_it_starts_as_the_model_with_blocks_cut_out_of_its_own(config, head):
-    m, p, method = tiny.model(config, head), tiny.params(config, head), registry.build(SPEC)
+@pytest.mark.parametrize("config", [QWEN3, GPT2], ids=lambda x: x.family)
+def test_it_starts_as_the_model_with_blocks_cut_out_of_its_own(config):
+    """Llama's and BERT's are among the laws."""
+    m, p, method = tiny.model(config), tiny.params(config), registry.build(SPEC)
     start = method.init(KEY, p)
     bound = method.bind(p, start.train, start.state, Context())
     np.testing.assert_allclose(tiny.outputs(m, bound), tiny.outputs(m, p), atol=1e-6)
@@ -91,7 +93,7 @@ def test_it_starts_as_the_model_with_blocks_cut_out_of_its_own(config, head):
     assert jax.tree.map(lambda x: (x.shape, x.dtype), shapes) == jax.tree.map(lambda x: (x.shape, x.dtype), start)
 
 
-def test_segments_and_padding_change_nothing():
+def test_segments_change_nothing():
     _, _, _, train = trained()
     outputs = []
     for cuts in ((), (1,)):
@@ -99,9 +101,6 @@ def test_segments_and_padding_change_nothing():
         outputs.append(tiny.outputs(m, method.bind(p, train, {}, Context())))
         assert jax.tree.structure(method.init(KEY, p).train) == jax.tree.structure(train)
     np.testing.assert_allclose(*outputs, atol=1e-5)
-    alone = {k: x[1:, :4] for k, x in tiny.batch().items()}
-    found = m.logits(m.head(p), m.hidden(method.bind(p, train, {}, Context()), alone)[0])
-    np.testing.assert_allclose(found[0], outputs[0][1, :4], atol=1e-5)
 
 
 def products(jaxpr, sizes):
@@ -146,7 +145,7 @@ def test_it_keeps_less_than_what_passes_through_the_model():
 
         def gradients(train, p, method=method):
             def loss(train):
-                return causal_lm.make().loss(m, method.bind(p, train, {}, Context()), {}, batch, Context())[0]
+                return jnp.sum(m.hidden(method.bind(p, train, {}, Context()), batch)[0] ** 2)
 
             return jax.grad(loss)(train)
 
@@ -161,11 +160,9 @@ def test_cached_decoding():
     tokens = np.random.default_rng(0).integers(1, 31, (2, 6)).astype(np.int32)
     mask = np.array([[1] * 6, [0, 0] + [1] * 4])
     new = np.asarray(decode.generate(m, bound, tokens, mask, max_new_tokens=5))
-    logits = jax.jit(lambda t, k: m.logits(m.head(bound), m.hidden(bound, full_batch(t, k))[0]))
+    logits = jax.jit(lambda p, t, k: m.logits(m.head(p), m.hidden(p, full_batch(t, k))[0]))
     whole, seen = np.concatenate([tokens, new], 1), np.concatenate([mask, np.ones_like(new)], 1)
-    np.testing.assert_array_equal(new, np.asarray(logits(whole, seen)).argmax(-1)[:, 5:-1])
-    streamed = np.stack(list(decode.stream(m, bound, tokens, mask, max_new_tokens=5)), 1)
-    np.testing.assert_array_equal(streamed, new)
+    np.testing.assert_array_equal(new, np.asarray(logits(bound, whole, seen)).argmax(-1)[:, 5:-1])
 
 
 def test_it_trains_on_one_device_and_on_eight():

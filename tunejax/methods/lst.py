@@ -5,7 +5,8 @@
 The ladder reads what each block of the model gives and nothing of it goes back, so no gradient passes through the
 model (`core.ladder` has all of it). Its blocks start as every r-th entry of the model's own along each of their axes;
 in heads that are rotated these are the pairs of the narrow heads' own frequencies. The paper prunes by Fisher
-information instead; and s_L up, with up = 0, is added here to the model's last state, so the start is the identity.
+information instead. Its last state norm(s_L) up replaces the model's; here s_L up, with up = 0, is added to it, so the
+start is the identity.
 """
 
 from collections.abc import Mapping

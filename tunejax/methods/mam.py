@@ -1,6 +1,6 @@
 """The Mix-And-Match adapter, a preset (He et al., 2022, arXiv:2110.04366, section 4.6).
 
-    attention:  h ← (1 - λ) h + λ softmax(x W_q P_kᵀ) P_v      prefix tuning with few positions (equation 7)
+    attention:  h ← (1 - λ) h + λ softmax(x W_q P_kᵀ) P_v      prefix tuning with few positions
     MLP:        h ← h + s · relu(x W_down) W_up                 scaled parallel adapter (table 2)
 
 The paper's finding is that attention needs little capacity and the MLP uses much of it. Its defaults stand here: 30

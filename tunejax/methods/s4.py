@@ -1,13 +1,13 @@
 """S4, a preset found by searching how to combine methods over layers (Chen et al., 2023, arXiv:2301.01821).
 
-The stack is a spindle of four groups, 1 : 2 : 2 : 1 of its layers; every group trains, each by methods of its own, and
-every layer has as many parameters as any other (section 4):
+The stack is a spindle of four groups, more layers in the middle ones (here 1 : 2 : 2 : 1); every group trains, each by
+methods of its own, and every layer has as many parameters as any other:
 
     group 1: adapter, LoRA      2: adapter, prefix      3: adapter, prefix, BitFit      4: prefix, BitFit, LoRA
 
 With an adapter as wide as the prefix is long, and LoRA of half that rank on queries and values, each of the three has
-2 · budget · embed_dim parameters a layer where there are as many key heads as query heads. BitFit comes on top. The
-paper starts at budgets of this form and fixes the sizes by hand; so does this: the sizes follow from ``budget``.
+2 · budget · embed_dim parameters a layer where there are as many key heads as query heads (that one number sets all
+sizes is this file's choice). BitFit's biases come on top.
 """
 
 from typing import Any

@@ -3,8 +3,8 @@
     y = h + G_L · x A B (queries, values)      attention over [G_P prefix, text]      y = h + G_A · adapter(h) (MLP)
 
 Each G is a sigmoid of a trained linear map: of the kernel's input for LoRA, of the adapter's own input h, and of
-attention's input for the prefix (section 3.2). LoRA's scale is the gate alone. Here each kernel has a gate of its own,
-where the paper has one for LoRA's two; how the prefix is gated says ``gated``.
+attention's input for the prefix (section 3.2). LoRA's scale is the gate alone. Where this departs from the paper
+(each token has its own gates, and how a prefix is gated) is said in ``gated``.
 """
 
 from typing import Any
