@@ -103,6 +103,11 @@ def run(config: schema.Config) -> dict[str, Any]:
         "skipped_updates": int(result.state.nonfinite[1]),
         "trained_parameters": counts.trained,
         "all_parameters": counts.total + counts.added,
+        "trained_share": counts.share,
+        "optimizer_bytes": state.nbytes(result.state.opt_state),
+        "step_memory_bytes": result.memory,
+        "tokens_per_second": result.watch.tokens_per_second,
+        "train_seconds": result.watch.seconds,
         "base": loaded.base._asdict(),
         "rows": data.counts(),
     }
