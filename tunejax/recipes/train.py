@@ -108,6 +108,7 @@ def run(config: schema.Config) -> dict[str, Any]:
         "step_memory_bytes": result.memory,
         "tokens_per_second": result.watch.tokens_per_second,
         "train_seconds": result.watch.seconds,
+        "devices": runtime.devices(),
         "base": loaded.base._asdict(),
         "rows": data.counts(),
     }

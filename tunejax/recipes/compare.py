@@ -1,0 +1,178 @@
+"""`tunejax compare CONFIG`: many methods on one task, each with several seeds; then a table, pictures and a page.
+
+All runs are those of `tunejax train`, one after the other in one process; memory is what the compiler says of each
+step, so what another run has left behind does not count. The same command again goes on where it was stopped.
+"""
+
+import argparse
+import gc
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import yaml
+
+from tunejax.config import compare, schema
+from tunejax.core import errors
+from tunejax.core import method as methods
+from tunejax.recipes import assemble, folder, runtime, settings, standings, train, validate
+from tunejax.train import step
+
+RECORD = "compare.yaml"
+
+
+def main(args: argparse.Namespace) -> int:
+    """Runs the comparison; 0, or 1 where a run failed or its result is not what its ``expected`` says."""
+    comparison = compare.load_comparison(args.config, args.overrides)
+    runs = chosen(comparison, args.only)
+    check(comparison)
+    begin(comparison)
+    stopped = run_all(comparison, runs)
+    found = standings.collect(comparison)
+    standings.write(found, comparison.folder)
+    print(found.markdown())
+    if stopped:
+        print(f"stopped by {stopped}; the same command goes on from there")
+        return 0
+    bad = [f"{r.label}, seed {r.seed}: {r.reason}" for r in found.runs if r.status == "failed"]
+    bad += [f"{r.label}, seed {r.seed}: {line}" for r in runs for line in missed(r)]
+    for line in bad:
+        print(f"tunejax: {line}", file=sys.stderr)
+    print(f"table, pictures and page: {comparison.folder}")
+    return 1 if bad else 0
+
+
+def chosen(comparison: compare.Comparison, only: list[str] | None) -> list[compare.Run]:
+    """The runs to make. Raises ConfigError on a label that the comparison does not have."""
+    labels = list(comparison.section.methods)
+    for label in only or ():
+        if label not in labels:
+            raise errors.ConfigError(f"--only: no method is labelled {label!r}. {errors.did_you_mean(label, labels)}")
+    return [r for r in comparison.runs if not only or r.label in only]
+
+
+def check(comparison: compare.Comparison) -> None:
+    """Everything that can be known before the first run. Raises TunejaxError, naming the method; writes nothing."""
+    out = comparison.folder
+    if out.exists() and not (out.is_dir() and ((out / RECORD).is_file() or not any(out.iterdir()))):
+        raise errors.ConfigError(f"output_dir {out} is there and not of a comparison (it has no {RECORD})")
+    for run in comparison.runs:
+        with _named(run.label):
+            folder.claim(run.config)
+    runtime.begin()
+    for run in {r.label: r for r in comparison.runs}.values():
+        with _named(run.label):
+            check_method(run.config, comparison.section.metric)
+
+
+def check_method(config: schema.Config, metric: str) -> None:
+    """One run's files, method, targets and settings, and that it measures ``metric``, without reading weights.
+
+    Raises:
+      TunejaxError: what does not fit.
+    """
+    validate.check_files(config)
+    if not config.data.eval_path:
+        raise errors.ConfigError("no rows to measure quality on: set data.eval_path")
+    opened = assemble.opened(config)
+    parts = assemble.parts(config, opened)
+    settings.batches(config, parts.mesh)
+    settings.optimizer(config, total_steps=1000)
+    known = score_names(parts)
+    if metric not in known:
+        raise errors.ConfigError(f"compare.metric: {metric!r} is not measured. {errors.did_you_mean(metric, known)}")
+
+
+def score_names(parts: assemble.Parts) -> list[str]:
+    """The scores that a run of these parts may measure on its held-out rows, each with "eval_" before it.
+
+    The evaluation is traced, not run; so patterns of the method that match nothing raise TargetError here.
+    """
+    length = parts.config.data.max_length
+    whole = jax.ShapeDtypeStruct((2, length), np.int32)
+    names = ("tokens", "targets", "positions", "segment_ids", "token_types")
+    batch = {**dict.fromkeys(names, whole), "loss_weights": jax.ShapeDtypeStruct((2, length), np.float32)}
+
+    def sums(key: Any, batch: Any) -> Any:
+        params = parts.model.init(key)
+        begun = parts.method.init(key, params)
+        base = methods.apply_edits(params, begun.edits)
+        return step.evaluate(parts.model, parts.method, parts.objective, begun.train, begun.state, base, {}, batch)
+
+    totals = jax.eval_shape(sums, jax.random.key(0), batch)
+    found = set(parts.objective.scores({name: np.zeros(total.shape) for name, (total, _) in totals.items()}))
+    if parts.config.model.head != "classification":
+        found |= {"perplexity", "exact_match"}
+    return sorted(f"eval_{name}" for name in found)
+
+
+def begin(comparison: compare.Comparison) -> None:
+    """Makes the folder and says in it what is compared."""
+    record = {"name": comparison.name, "compare": comparison.section.model_dump(mode="json")}
+    folder.write(comparison.folder / RECORD, yaml.safe_dump(record, sort_keys=False, allow_unicode=True))
+
+
+def run_all(comparison: compare.Comparison, runs: list[compare.Run]) -> str:
+    """Makes the runs that are not finished or failed. Returns the signal that stopped it, or ""."""
+    todo = [r for r in runs if not finished(r) and not failure(r).is_file()]
+    if len(todo) < len(runs):
+        print(f"{len(runs) - len(todo)} of {len(runs)} runs are there already")
+    for run in runs:
+        if failure(run).is_file():
+            print(f"{run.label}, seed {run.seed} failed before; remove {failure(run)} to try it again")
+    begun = time.perf_counter()
+    for i, run in enumerate(todo):
+        left = (time.perf_counter() - begun) / i * (len(todo) - i) if i else None
+        about = "" if left is None else f", about {standings.duration(left)} to go"
+        print(f"\n[{i + 1} of {len(todo)}{about}] {run.label}, seed {run.seed}", flush=True)
+        stopped = run_one(run)
+        if stopped:
+            return stopped
+        standings.collect(comparison).save(comparison.folder)
+        if i + 1 < len(todo) and todo[i + 1].label != run.label:
+            jax.clear_caches()  # programs of this method serve no other one
+            gc.collect()
+    return ""
+
+
+def run_one(run: compare.Run) -> str:
+    """One run. A failure is written down beside its folder. Returns the signal that stopped it, or ""."""
+    try:
+        stopped = train.run(run.config).get("stopped", "")
+        return stopped if stopped.startswith("SIG") else ""
+    except errors.TunejaxError as e:
+        note = {"reason": str(e)}
+    except Exception as e:  # such as a lack of memory: the other methods may well fit
+        note = {"reason": f"{type(e).__name__}: {e}", "traceback": traceback.format_exc()}
+    print(f"failed: {note['reason']}", file=sys.stderr, flush=True)
+    folder.write_json(failure(run), note)
+    return ""
+
+
+def failure(run: compare.Run) -> Path:
+    """The file that says why a run failed."""
+    return standings.failure(Path(run.config.output_dir))
+
+
+def finished(run: compare.Run) -> bool:
+    """Whether it has a summary."""
+    return (Path(run.config.output_dir) / "summary.json").is_file()
+
+
+def missed(run: compare.Run) -> list[str]:
+    """What the summary of a finished run has outside the ranges that its config expects."""
+    return train.check_expected(run.config, train.run(run.config)) if finished(run) and run.config.expected else []
+
+
+@contextmanager
+def _named(label: str) -> Iterator[None]:
+    try:
+        yield
+    except errors.TunejaxError as e:
+        raise type(e)(f"compare.methods.{label}: {e}") from None
