@@ -31,7 +31,7 @@ def make(folder, **more):
     del raw["method"]
     (folder / "own.py").write_text(OWN)
     raw["output_dir"] = str(folder / "out")
-    raw["train"]["eval_steps"] = 2
+    raw["train"] |= {"eval_steps": 2, "save_steps": 4}
     raw["evaluation"] = {"exact_match": False}
     raw["generation"] = {"num_samples": 0}
     # More rows than a batch has, or seeds would make no difference.
