@@ -142,12 +142,17 @@ def test_a_changed_config_is_refused_and_nothing_is_lost(world, capsys):
 
 def test_a_failed_method_stands_in_the_table(world, tmp_path, capsys):
     out = tmp_path / "out"
+    expected = {"eval_loss": [0.0, 0.1]}
+    easy = {"method": {"name": "lora", "rank": 1, "targets": "attention/q/kernel"}, "expected": expected}
     rates = {"learning_rate": 1e38, "max_grad_norm": None, "max_nonfinite_steps": 1, "logging_steps": 1}
     wild = {"method": {"name": "lora", "rank": 1, "targets": "attention/q/kernel"}, "train": rates}
-    command = ["compare", str(world[0] / "cmp.yaml"), f"output_dir={out}", f"compare.methods.wild={json.dumps(wild)}",
-               "compare.seeds=[0]", "--only", "wild", "--only", "small"]  # fmt: skip
+    changes = [f"compare.methods.{k}={json.dumps(v)}" for k, v in (("wild", wild), ("small", easy))]
+    only = ["compare.seeds=[0]", "--only", "wild", "--only", "small"]
+    command = ["compare", str(world[0] / "cmp.yaml"), f"output_dir={out}", *changes, *only]
     assert cli.main(command) == 1
-    assert "wild, seed 0: stopped at step" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "wild, seed 0: stopped at step" in said
+    assert re.search(r"small, seed 0: eval_loss is \S+; the config expects 0 to 0.1", said)
     rows = {r["method"]: r for r in json.loads((out / "results.json").read_text())["methods"]}
     assert (rows["wild"]["failed"], rows["wild"]["quality_mean"]) == (1, None)
     assert "seed 0 failed: stopped at step" in rows["wild"]["note"]

@@ -18,7 +18,7 @@ from tunejax.core import errors
 OWN = ("method", "model", "data", "objective", "train", "generation", "evaluation", "expected")
 """Keys of a run's config that an entry may give; the others belong to all runs or to the comparison."""
 
-LABEL = re.compile(r"[A-Za-z0-9_][\w.+=-]*")
+LABEL = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*")
 """A label is the name of a folder, too."""
 
 
@@ -43,7 +43,7 @@ class CompareSection(schema.Section):
         if isinstance(value, dict):
             bad = [str(k) for k in value if not isinstance(k, str) or not LABEL.fullmatch(k)]
             if bad:
-                raise ValueError(f"label {bad[0]!r}: use letters, digits and any of _ . + = -")
+                raise ValueError(f"label {bad[0]!r}: use letters, digits and any of _ . + -")
             _once([k.lower() for k in value])
         return value
 

@@ -6,6 +6,7 @@ step, so what another run has left behind does not count. The same command again
 
 import argparse
 import gc
+import json
 import sys
 import time
 import traceback
@@ -35,6 +36,8 @@ def main(args: argparse.Namespace) -> int:
     begin(comparison)
     stopped = run_all(comparison, runs)
     found = standings.collect(comparison)
+    if not lead():
+        return 0
     standings.write(found, comparison.folder)
     print(found.markdown())
     if stopped:
@@ -114,6 +117,8 @@ def score_names(parts: assemble.Parts) -> list[str]:
 
 def begin(comparison: compare.Comparison) -> None:
     """Makes the folder and says in it what is compared."""
+    if not lead():
+        return
     record = {"name": comparison.name, "compare": comparison.section.model_dump(mode="json")}
     folder.write(comparison.folder / RECORD, yaml.safe_dump(record, sort_keys=False, allow_unicode=True))
 
@@ -134,10 +139,11 @@ def run_all(comparison: compare.Comparison, runs: list[compare.Run]) -> str:
         stopped = run_one(run)
         if stopped:
             return stopped
-        standings.collect(comparison).save(comparison.folder)
+        if lead():
+            standings.collect(comparison).save(comparison.folder)
         if i + 1 < len(todo) and todo[i + 1].label != run.label:
             jax.clear_caches()  # programs of this method serve no other one
-            gc.collect()
+        gc.collect()
     return ""
 
 
@@ -151,8 +157,14 @@ def run_one(run: compare.Run) -> str:
     except Exception as e:  # such as a lack of memory: the other methods may well fit
         note = {"reason": f"{type(e).__name__}: {e}", "traceback": traceback.format_exc()}
     print(f"failed: {note['reason']}", file=sys.stderr, flush=True)
-    folder.write_json(failure(run), note)
+    if lead():
+        folder.write_json(failure(run), note)
     return ""
+
+
+def lead() -> bool:
+    """Whether this is the process that writes."""
+    return jax.process_index() == 0
 
 
 def failure(run: compare.Run) -> Path:
@@ -167,7 +179,10 @@ def finished(run: compare.Run) -> bool:
 
 def missed(run: compare.Run) -> list[str]:
     """What the summary of a finished run has outside the ranges that its config expects."""
-    return train.check_expected(run.config, train.run(run.config)) if finished(run) and run.config.expected else []
+    if not finished(run):
+        return []
+    text = (Path(run.config.output_dir) / "summary.json").read_text(encoding="utf-8")
+    return train.check_expected(run.config, json.loads(text))
 
 
 @contextmanager
