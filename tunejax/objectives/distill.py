@@ -80,7 +80,8 @@ def make(objective: Objective, teacher: Model, params: Params, options: Options 
         given = Given((hidden, jnp.maximum(seen.batch["targets"], 0)), head)
         return mixed(seen, options, model, params, rows, given, teacher.vocab_size)
 
-    return Objective(f"{objective.name}+distill", {"objective": objective.frozen, "teacher": params}, loss)
+    frozen = {"objective": objective.frozen, "teacher": params}
+    return Objective(f"{objective.name}+distill", frozen, loss, objective.scores)
 
 
 class Seen(NamedTuple):

@@ -104,13 +104,15 @@ def run(config: schema.Config) -> dict[str, Any]:
         "skipped_updates": int(result.state.nonfinite[1]),
         "trained_parameters": counts.trained,
         "all_parameters": counts.total + counts.added,
-        "optimizer_bytes": sum(x.nbytes for x in jax.tree.leaves(result.state.opt_state)),
+        "trained_share": counts.share,
+        "optimizer_bytes": state.nbytes(result.state.opt_state),
+        "step_memory_bytes": result.memory,
+        "tokens_per_second": result.watch.tokens_per_second,
+        "train_seconds": result.watch.seconds,
+        "devices": runtime.devices(),
         "base": loaded.base._asdict(),
         "rows": data.counts(),
     }
-    if config.evaluation.step_memory:
-        batch = one.put(next(iter(rows.loaders(config, data, sizes, parts.tokenizer).train)))
-        summary["step_bytes"] = one.memory(result.state, base, parts.objective.frozen, batch)
     if jax.process_index():
         return summary
     plots.loss(

@@ -93,6 +93,11 @@ def start_shardings(
     return method_lib.Start(edits, train, state)
 
 
+def nbytes(tree: PyTree) -> int:
+    """Bytes of all arrays of ``tree``, each counted once however it is sharded."""
+    return sum(x.nbytes for x in jax.tree.leaves(tree) if not jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key))
+
+
 def count(tree: PyTree) -> int:
     """Entries of all arrays of ``tree``."""
     return sum(x.size for x in jax.tree.leaves(tree))

@@ -44,16 +44,22 @@ class Step:
         with jax.set_mesh(self.mesh):
             return self._jitted(state).lower(state, base, frozen, batch)
 
+    def memory(self, state: TrainState, base: Params, frozen: Params, batch: Batch) -> int | None:
+        """Bytes that the compiled step holds at once on each device, or None where the backend does not say.
+
+        As the compiler counts: arguments, results that take the place of none, and scratch. Free for shapes that have
+        been run: the program is not compiled again.
+        """
+        found = self.lower(state, base, frozen, batch).compile().memory_analysis()
+        if found is None:
+            return None
+        held = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
+        return int(held + found.temp_size_in_bytes)
+
     def evaluate(self, state: TrainState, base: Params, frozen: Params, batch: Batch) -> Sums:
         """Sums and weights of the loss and the objective's metrics on a batch, without dropout; nothing is donated."""
         with jax.set_mesh(self.mesh):
             return self._evaluate(state.train, state.state, base, frozen, batch)
-
-    def memory(self, state: TrainState, base: Params, frozen: Params, batch: Batch) -> int:
-        """Bytes of the compiled step on one device: its arguments, what it returns anew, and what lies between."""
-        found = self.lower(state, base, frozen, batch).compile().memory_analysis()
-        new = found.output_size_in_bytes - found.alias_size_in_bytes
-        return int(found.argument_size_in_bytes + new + found.temp_size_in_bytes)
 
     def put(self, batch: Any) -> dict[str, jax.Array]:
         """This process's rows as the global batch on the mesh."""
