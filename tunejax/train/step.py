@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -32,12 +33,24 @@ class Step:
         self.model, self.method, self.objective, self.mesh = model, method, objective, mesh
         self._update = update
         self._compiled: Any = None
+        self._ahead: Future | None = None
         sums = functools.partial(evaluate, model, method, objective)
         self._evaluate = jax.jit(sums, out_shardings=sharding.replicated(mesh))
 
     def __call__(self, state: TrainState, base: Params, frozen: Params, batch: Batch) -> tuple[TrainState, Metrics]:
+        if self._ahead is not None:
+            ahead, self._ahead = self._ahead, None
+            ahead.result()  # what failed there fails again, and better told, when it is called
         with jax.set_mesh(self.mesh):
             return self._jitted(state)(state, base, frozen, batch)
+
+    def prepare(self, state: TrainState, base: Params, frozen: Params, batch: Any) -> None:
+        """Begins to compile the step in a thread, for the first call to find; meanwhile weights may be read.
+
+        All are shapes with shardings, as of `state.plan` and `sharding.abstract_batch`.
+        """
+        lowered = self.lower(state, base, frozen, batch)
+        self._ahead = ThreadPoolExecutor(1, "compile").submit(lowered.compile)
 
     def lower(self, state: TrainState, base: Params, frozen: Params, batch: Batch) -> Any:
         """The lowered program, to read or compile; arguments may be ShapeDtypeStructs that carry shardings."""
