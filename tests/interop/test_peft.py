@@ -154,16 +154,35 @@ def test_theirs_is_read(base, kind, tmp_path):
     np.testing.assert_allclose(found, their_logits(theirs), atol=1e-5, rtol=1e-5)
 
 
+LAYER_NORMS = {"llama": ["input_layernorm", "norm"], "gpt2": ["ln_1", "ln_f"], "bert": ["LayerNorm"]}
+
+
+def test_their_layer_norms_are_read(base, tmp_path):
+    folder, head = base
+    family = hf.read_config(folder).family
+    task = "SEQ_CLS" if head == "classification" else "CAUSAL_LM"
+    config = peft.LNTuningConfig(target_modules=LAYER_NORMS[family], task_type=task)
+    with pytest.warns(UserWarning, match="Unsupported layer type"):
+        theirs = randomised(peft.get_peft_model(their_model(folder, head), config))
+    theirs.save_pretrained(tmp_path)
+    logits, found, _ = read(tmp_path, folder, head)
+    np.testing.assert_allclose(logits, their_logits(theirs), atol=1e-5, rtol=1e-5)
+    assert [s["name"] for s in found.specs] == ["norm_tuning", "full"][: len(found.specs)]
+
+
 OURS = {
     "lora": [{"name": "lora", "rank": 3, "alpha": 6}],
     "rslora": [{"name": "lora", "rank": 2, "rslora": True, "targets": "attention/{q,v}/kernel"}],
     "two ranks": [{"name": "lora", "rank": 2, "targets": "attention/q/kernel"},
                   {"name": "lora", "rank": 4, "alpha": 3, "targets": "mlp/down/kernel"}],
     "last layers": [{"name": "lora", "rank": 2, "layers": "-2:"}],
+    "norms": [{"name": "norm_tuning"}],
+    "norms of some layers": [{"name": "norm_tuning", "layers": "-1:", "targets": "mlp/norm/*"}],
     "norms too": [{"name": "lora", "rank": 2}, {"name": "full", "targets": "norm/*"}],
 }  # fmt: skip
 
 
+@pytest.mark.filterwarnings("ignore:Unsupported layer type")
 @pytest.mark.parametrize("kind", OURS)
 def test_ours_is_written_and_read_back(base, kind, tmp_path):
     folder, head = base

@@ -71,6 +71,19 @@ class Prompt(NamedTuple):
     entries: Mapping[str, Any] = {}
 
 
+class Whole(NamedTuple):
+    """How HF PEFT keeps a method that trains parameters themselves, where it has a type of its own for them.
+
+    Beside an adapter in one folder they go as ``modules_to_save``, as what every other such method trains does.
+
+    peft_type: of adapter_config.json.
+    slot:      what stands in its keys between a module and the parameter's name.
+    """
+
+    peft_type: str
+    slot: str
+
+
 def form_of(module: ModuleType, name: str) -> Form | None:
     """The form of a method in that module, by its name or as "place:name"; None where it has none."""
     declared = _declared(module, name)
@@ -81,6 +94,12 @@ def prompt_of(module: ModuleType, name: str) -> Prompt | None:
     """The same of a method that trains virtual tokens or a prefix."""
     declared = _declared(module, name)
     return declared if isinstance(declared, Prompt) else None
+
+
+def whole_of(module: ModuleType, name: str) -> Whole | None:
+    """The same of a method that trains parameters themselves."""
+    declared = _declared(module, name)
+    return declared if isinstance(declared, Whole) else None
 
 
 def _declared(module: ModuleType, name: str) -> Any:

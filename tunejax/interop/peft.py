@@ -49,11 +49,16 @@ def write(folder: Path, tuned: Tuned, config: ModelConfig, *, head: str, base_na
     from safetensors import numpy as safetensors
 
     places = modules.places(config, head)
-    adapters, prompts, whole = _parts(tuned, config)
+    adapters, prompts, whole, slots = _parts(tuned, config)
     if len(prompts) > 1 or (prompts and adapters):
         other = adapters[0].name if adapters else "another prompt"
         raise errors.ConfigError(f"PEFT keeps one kind of adapter in a folder; here is a prompt and {other}")
-    tensors, settings = prompts[0] if prompts else _adapter(adapters, places, tuned.base)
+    if prompts or adapters:
+        tensors, settings = prompts[0] if prompts else _adapter(adapters, places, tuned.base)
+    else:
+        form, values = slots[0]
+        tensors, settings = _slotted(form, values, places, tuned.base)
+        whole = {p: x for p, x in whole.items() if p not in values}
     saved, kept = _modules(whole, places, tuned.base, head)
     both = [m for m in kept if any(k.startswith(f"{PREFIX}{m}.") for k in tensors)]
     if both:
@@ -81,12 +86,17 @@ class _Part(NamedTuple):
     shared: portable.Arrays
 
 
-def _parts(tuned: Tuned, config: ModelConfig) -> tuple[list[_Part], list[peft_prompts.Written], dict[str, Any]]:
-    """The adapters of the chain, its prompts as they are written, and the values by path that train whole."""
+Slots = list[tuple[portable.Whole, Mapping[str, Any]]]
+
+
+def _parts(tuned: Tuned, config: ModelConfig) -> tuple[list[_Part], list[peft_prompts.Written], dict[str, Any], Slots]:
+    """The chain's adapters, its prompts as they are written, the values by path that train whole, and those of these
+    that have a type of their own."""
     methods = tuned.method.parts or (tuned.method,)
     adapters: list[_Part] = []
     prompts: list[peft_prompts.Written] = []
     whole: dict[str, Any] = {}
+    slots: Slots = []
     if len(methods) > len(tuned.specs):  # a name that stands for a chain
         raise errors.ConfigError(
             f"PEFT has no form for {tuned.method.name}: one name of the config is a chain of several"
@@ -105,11 +115,13 @@ def _parts(tuned: Tuned, config: ModelConfig) -> tuple[list[_Part], list[peft_pr
             adapters.append(_Part(name, form, written, sites, shared))
         elif isinstance(train, Mapping) and all(operators.is_array(x) for x in train.values()) and not state:
             whole.update(train)
+            own = portable.whole_of(module, name)
+            slots += [(own, train)] if own is not None else []
         else:
             raise errors.ConfigError(f"PEFT has no method {name!r}. Export with --format hf where it merges")
-    if not adapters and not prompts:
+    if not adapters and not prompts and len(slots) != 1:
         raise errors.ConfigError(f"{tuned.method.name} has no adapter that PEFT knows; export with --format hf")
-    return adapters, prompts, whole
+    return adapters, prompts, whole, slots
 
 
 def _adapter(
@@ -193,6 +205,18 @@ def _fused(part: _Part, group: list[_Layer], module: str) -> tuple[portable.Arra
     for layer in group:
         by_part[layer.place.part[0]] = layer.arrays
     return part.form.fuse(by_part, [group[0].width] * of, part.arguments)
+
+
+def _slotted(
+    form: portable.Whole, values: Mapping[str, Any], places: Mapping[Site, Place], base: Params
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """(tensors by key, settings) of modules that train whole and have a type of their own."""
+    saved, names = _modules(values, places, base, "")
+    tensors = {}
+    for key, x in saved.items():
+        module, _, name = key.rpartition(".")
+        tensors[f"{module}.{form.slot}.{name}"] = x
+    return tensors, {"peft_type": form.peft_type, "target_modules": names}
 
 
 def _modules(

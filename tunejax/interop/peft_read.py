@@ -31,6 +31,9 @@ STARTS = ("init_lora_weights", (True, False, None, "gaussian", "eva", "orthogona
 """The entry that says how an adapter started, and the starts that leave the base as it is; PEFT repeats the others on
 the base whenever it loads such a folder."""
 
+_Spec = tuple[dict[str, Any], dict[Site, dict[str, np.ndarray]]]
+"""(a method, as in a config; what it trains by site)"""
+
 
 class Found(NamedTuple):
     """An adapter. specs: its methods, as in a config; base: name of its base model; arrays: for `trained`.
@@ -60,6 +63,9 @@ def read(folder: Path, config: ModelConfig, *, head: str) -> Found:
     found = settings(folder)
     if found.get("peft_type") in peft_prompts.READ:
         return _prompt(folder, found, config, head)
+    owner = _whole(found)
+    if owner is not None:
+        return _modules(folder, *owner, found, config, head)
     name, form = _method(found)
     assert form.read is not None
     given = _arguments(name, found, form)
@@ -78,14 +84,12 @@ def read(folder: Path, config: ModelConfig, *, head: str) -> Found:
             groups.setdefault(json.dumps(own, sort_keys=True), (own, {}))[1][site] = dict(split)
     specs, out = [], []
     for own, sites in groups.values():
-        for layers, some in _by_layers(sites, config.num_layers).items():
-            targets = _globs(some)
-            where = {"layers": f"{layers[0]}:{layers[1]}"} if layers not in (None, (0, config.num_layers)) else {}
-            specs.append({"name": name, **given, **own, "targets": targets, **where})
+        for spec, some in _by_layers({"name": name, **given, **own}, sites, config.num_layers):
+            specs.append(spec)
             out.append(some)
-    if whole:
-        specs.append({"name": "full", "targets": _globs(whole)})
-        out.append({s: {"": x} for s, x in whole.items()})
+    for spec, some in _whole_specs("full", whole, config):
+        specs.append(spec)
+        out.append(some)
     return Found(specs, str(found.get("base_model_name_or_path") or ""), out, _shared(folder, common, form))
 
 
@@ -94,16 +98,44 @@ def _prompt(folder: Path, found: dict[str, Any], config: ModelConfig, head: str)
     tensors = _tensors(folder)
     spec, sites = peft_prompts.read(found, tensors, folder / WEIGHTS, config)
     specs, arrays = [spec], [sites]
+    whole = _placed(folder, {k: x for k, x in tensors.items() if k != peft_prompts.KEY}, config, head)
+    for extra, some in _whole_specs("full", whole, config):
+        specs.append(extra)
+        arrays.append(some)
+    return Found(specs, str(found.get("base_model_name_or_path") or ""), arrays)
+
+
+def _whole(settings: Mapping[str, Any]) -> tuple[str, portable.Whole] | None:
+    """The method of that type among those that train parameters themselves."""
+    every = ((n, portable.whole_of(registry.find(n)[1], n)) for n in registry.NAMES)
+    return next(((n, f) for n, f in every if f is not None and f.peft_type == settings.get("peft_type")), None)
+
+
+def _modules(
+    folder: Path, name: str, form: portable.Whole, found: dict[str, Any], config: ModelConfig, head: str
+) -> Found:
+    """A folder of modules that trained whole, those of ``form`` and others."""
+    tensors, slot = _tensors(folder), f".{form.slot}."
+    own = _placed(folder, {k.replace(slot, "."): x for k, x in tensors.items() if slot in k}, config, head)
+    rest = _placed(folder, {k: x for k, x in tensors.items() if slot not in k}, config, head)
+    parts = [*_whole_specs(name, own, config), *_whole_specs("full", rest, config)]
+    named = str(found.get("base_model_name_or_path") or "")
+    return Found([spec for spec, _ in parts], named, [arrays for _, arrays in parts])
+
+
+def _whole_specs(name: str, values: Mapping[Site, np.ndarray], config: ModelConfig) -> list[_Spec]:
+    """What trains those parameters themselves, by a method that does."""
+    return _by_layers({"name": name}, {s: {"": x} for s, x in values.items()}, config.num_layers)
+
+
+def _placed(folder: Path, tensors: Mapping[str, np.ndarray], config: ModelConfig, head: str) -> dict[Site, np.ndarray]:
+    """Parameters that trained whole. Raises CheckpointError on one that this model does not have."""
     places = modules.places(config, head)
     plain = {f"{PREFIX}{p.module}.{p.name}": (s, p) for s, p in places.items()}
-    strange = [k for k in tensors if k not in plain and k != peft_prompts.KEY]
+    strange = [k for k in tensors if k not in plain]
     if strange:
         raise errors.CheckpointError(f"{folder / WEIGHTS}: {strange[0]!r} has no place in this {config.family} model")
-    whole = {plain[k][0]: x.T if plain[k][1].transpose else x for k, x in tensors.items() if k in plain}
-    if whole:
-        specs.append({"name": "full", "targets": _globs(whole)})
-        arrays.append({s: {"": x} for s, x in whole.items()})
-    return Found(specs, str(found.get("base_model_name_or_path") or ""), arrays)
+    return {plain[k][0]: x.T if plain[k][1].transpose else x for k, x in tensors.items()}
 
 
 def _tensors(folder: Path) -> dict[str, np.ndarray]:
@@ -284,19 +316,20 @@ def _split(form: portable.Form, arrays: portable.Arrays, i: int, of: int, name: 
     return form.split(arrays, i, of)
 
 
-def _by_layers(
-    sites: Mapping[Site, dict[str, np.ndarray]], depth: int
-) -> dict[tuple[int, int] | None, dict[Site, dict[str, np.ndarray]]]:
-    """The sites by the runs of layers that they cover: one method each."""
+def _by_layers(given: Mapping[str, Any], sites: Mapping[Site, dict[str, np.ndarray]], depth: int) -> list[_Spec]:
+    """A spec of those arguments, and its sites, for each run of layers that the sites cover."""
     layers: dict[str, list[int]] = {}
     for site in sites:
         layers.setdefault(site.path, []).append(site.layer)
-    out: dict[tuple[int, int] | None, dict[Site, dict[str, np.ndarray]]] = {}
+    runs: dict[tuple[int, int] | None, dict[Site, dict[str, np.ndarray]]] = {}
     for site, arrays in sites.items():
-        covered = sorted(layers[site.path])
-        run = _run(covered, site.layer)
-        out.setdefault(None if run[0] < 0 else run, {})[site] = arrays
-    return out
+        run = _run(sorted(layers[site.path]), site.layer)
+        every = site.layer < 0 or run == (0, depth)
+        runs.setdefault(None if every else run, {})[site] = arrays
+    return [
+        ({**given, "targets": _globs(some), **({"layers": f"{run[0]}:{run[1]}"} if run else {})}, some)
+        for run, some in runs.items()
+    ]
 
 
 def _run(layers: list[int], layer: int) -> tuple[int, int]:

@@ -6,7 +6,7 @@ They alone go a long way: Zhao et al., 2024 (arXiv:2312.11420) for multimodal de
 
 from typing import Any
 
-from tunejax.core import holes, paths
+from tunejax.core import holes, paths, portable
 from tunejax.core import method as methods
 from tunejax.core.method import Method, Start
 from tunejax.core.paths import Params
@@ -16,6 +16,8 @@ TARGETS = "*norm/*"
 
 ALIASES = {"layers_to_transform": "layers"}
 """What PEFT calls it -> what it is here."""
+
+PEFT = portable.Whole("LN_TUNING", "ln_tuning_layers")
 
 
 def norm_tuning(targets: str | list[str] = TARGETS, layers: str | int | None = None) -> Method:

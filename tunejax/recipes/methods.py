@@ -92,7 +92,7 @@ def _row(name: str) -> Row:
     method = example(name)
     shapes, start = _begun(method)
     paper = PAPER.search(opening) or PAPER.search((module.__doc__ or "").partition("\n\n")[0])
-    form = portable.form_of(module, name) or portable.prompt_of(module, name)
+    form = portable.form_of(module, name) or portable.prompt_of(module, name) or portable.whole_of(module, name)
     counts = table.table(shapes, start.train, start.edits)
     mask = start.state.get("mask") if isinstance(start.state, Mapping) else None
     kept = sum(x.size for x in jax.tree.leaves(mask)) * (parameters["density"].default if mask else 1.0)
