@@ -1,4 +1,4 @@
-"""Combining changes: against HF PEFT's add_weighted_adapter on the same LoRA, and against the papers' formulas in numpy."""
+"""Combining changes: against HF PEFT's add_weighted_adapter on one LoRA layer, and the papers' formulas in numpy."""
 
 import jax
 import jax.numpy as jnp
@@ -137,7 +137,7 @@ def test_a_task_is_taken_away_again():
 
 
 def test_mistakes_are_told():
-    with pytest.raises(errors.ConfigError, match="tie'. Did you mean 'ties'"):
+    with pytest.raises(errors.ConfigError, match=r"tie'\. Did you mean 'ties'"):
         combine.combine(CHANGES, WEIGHTS, "tie")
     with pytest.raises(errors.ConfigError, match="2 weights for 3 changes"):
         combine.combine(CHANGES, [1, 2])

@@ -102,7 +102,7 @@ def scaled_up(x: jax.Array, kept: jax.Array, density: float) -> jax.Array:
 
 
 def elected(changes: jax.Array) -> jax.Array:
-    """Bool [changes, ...]: where each change [changes, ...] has the sign of the sum of all, which is + where it is 0."""
+    """Bool [changes, ...]: where each change [changes, ...] has the sign of the sum of all (+ where that is 0)."""
     return jnp.sign(changes) == jnp.where(changes.sum(0) >= 0, 1, -1)
 
 
