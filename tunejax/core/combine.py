@@ -121,12 +121,14 @@ class Product(NamedTuple):
     factors: (arrays of a site by name, of train and state) -> its factors, without the scale.
     scale:   (every argument of the method) -> the scale.
     scaled:  the arrays that the change is proportional to: multiplied by c, they multiply it by c.
+    varies:  arguments that change nothing but ranks and the scale.
     plain:   (rank) -> the description of the method that keeps a product of this rank, with scale 1, as "a" and "b".
     """
 
     factors: Callable[[Mapping[str, Any]], Factors]
     scale: Callable[[Mapping[str, Any]], float]
     scaled: tuple[str, ...]
+    varies: tuple[str, ...]
     plain: Callable[[int], dict[str, Any]]
 
 

@@ -197,6 +197,7 @@ PRODUCT = combine.Product(
     factors=lambda arrays: combine.Factors(arrays["a"], arrays["b"]),
     scale=lambda arguments: scale_of(arguments["alpha"], arguments["rank"], arguments["rslora"]),
     scaled=("b",),
+    varies=("rank", "alpha", "rslora"),
     plain=lambda rank: {"name": "lora", "rank": rank, "alpha": float(rank)},
 )
 """How several of them combine."""

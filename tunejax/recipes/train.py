@@ -32,6 +32,10 @@ def run(config: schema.Config) -> dict[str, Any]:
     Raises:
       TunejaxError: what does not fit in config, rows, checkpoint or targets; then nothing has been written.
     """
+    if config.many:
+        from tunejax.recipes import many
+
+        return many.run(config)
     out = folder.claim(config)
     if (out / "summary.json").is_file():
         print(f"{out} is finished; this is its summary. Remove summary.json to measure and sample anew.")
@@ -89,36 +93,48 @@ def run(config: schema.Config) -> dict[str, Any]:
 
     # What comes out: the adapter, samples, a picture, the summary.
     check_untouched(loaded.prints, base, shapes.edits)
-    info = {"method": config.method, "name": parts.method.name, "head": config.model.head, "seed": config.seed,
-            "num_labels": parts.model_config.num_labels, "labels": list(data.labels), "step": at}  # fmt: skip
-    trees = {"train": final.train, "state": final.state, "fresh": fresh}
-    adapter.save(out / "adapter", trees, loaded.base, info)
-    end_scores = judge(final, base, out, "after")
-    summary = {
-        **{f"before_{k}": v for k, v in start_scores.items()},
-        **{f"eval_{k}": v for k, v in end_scores.items()},
+    ran = {
         "step": at,
         "steps_run": result.step,
         "stopped": result.stopped,
         "best_step": result.best_step,
         "skipped_updates": int(result.state.nonfinite[1]),
-        "trained_parameters": counts.trained,
-        "all_parameters": counts.total + counts.added,
         "optimizer_bytes": sum(x.nbytes for x in jax.tree.leaves(result.state.opt_state)),
-        "base": loaded.base._asdict(),
-        "rows": data.counts(),
     }
+    summary, end_scores = leave(out, judge, final, base, loaded.base, counts, fresh, start_scores, ran)
     if config.evaluation.step_memory:
         batch = one.put(next(iter(rows.loaders(config, data, sizes, parts.tokenizer).train)))
         summary["step_bytes"] = one.memory(result.state, base, parts.objective.frozen, batch)
     if jax.process_index():
         return summary
-    plots.loss(
-        folder.read_rows(out / "metrics.jsonl"), out / "plots" / "loss.png", f"{parts.name}, {parts.method.name}"
-    )
-    folder.write_json(out / "summary.json", summary)
-    conclude(out, start_scores, end_scores, summary)
+    conclude(out, parts, start_scores, end_scores, summary)
     return summary
+
+
+def leave(
+    out: Path, judge: samples.Judge, final: state.TrainState, base: paths.Params, origin: adapter.Base,
+    counts: table.Table, fresh: dict[str, Any], start_scores: dict[str, float], ran: dict[str, Any],
+) -> tuple[dict[str, Any], dict[str, float]]:  # fmt: skip
+    """Writes the adapter and the samples of a run; returns its summary and its scores.
+
+    ran: what the summary says of the loop.
+    """
+    parts, config, data = judge.parts, judge.parts.config, judge.rows
+    info = {"method": config.method, "name": parts.method.name, "head": config.model.head, "seed": config.seed,
+            "num_labels": parts.model_config.num_labels, "labels": list(data.labels), "step": ran["step"]}  # fmt: skip
+    trees = {"train": final.train, "state": final.state, "fresh": fresh}
+    adapter.save(out / "adapter", trees, origin, info)
+    end_scores = judge(final, base, out, "after")
+    summary = {
+        **{f"before_{k}": v for k, v in start_scores.items()},
+        **{f"eval_{k}": v for k, v in end_scores.items()},
+        **ran,
+        "trained_parameters": counts.trained,
+        "all_parameters": counts.total + counts.added,
+        "base": origin._asdict(),
+        "rows": data.counts(),
+    }
+    return summary, end_scores
 
 
 def announce(parts: assemble.Parts, counts: table.Table, targets: report.Report, data: rows.Rows, total: int) -> None:
@@ -139,8 +155,14 @@ def check_untouched(before: dict[str, str], base: paths.Params, edits: dict[str,
         raise errors.TunejaxError(f"the base changed during the run, which must not be: {', '.join(changed[:5])}")
 
 
-def conclude(out: Path, start: dict[str, float], end: dict[str, float], summary: dict[str, Any]) -> None:
-    """Prints before and after, and where everything lies."""
+def conclude(
+    out: Path, parts: assemble.Parts, start: dict[str, float], end: dict[str, float], summary: dict[str, Any]
+) -> None:
+    """Draws the picture, writes the summary, prints before and after, and where everything lies."""
+    plots.loss(
+        folder.read_rows(out / "metrics.jsonl"), out / "plots" / "loss.png", f"{parts.name}, {parts.method.name}"
+    )
+    folder.write_json(out / "summary.json", summary)
     for name in end:
         print(f"  {name:<14}{start.get(name, float('nan')):>10.4f} before {end[name]:>10.4f} after")
     skipped = summary["rows"]["skipped"]
