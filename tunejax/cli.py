@@ -98,7 +98,9 @@ def _merge(sub: argparse.ArgumentParser) -> None:
 
 
 def _generate(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("model", help="model folder, hub id, 'embedded', run folder, or HF PEFT adapter")
+    sub.add_argument("model", nargs="?", help="model folder, hub id, 'embedded', run folder, or HF PEFT adapter")
+    sub.add_argument("--adapters", nargs="+", metavar="RUN", help="several runs on one base, for one batch of prompts")
+    sub.add_argument("--adapter-ids", type=int, nargs="+", help="which of them answers each prompt, from 0 (in turn)")
     sub.add_argument("--prompt", action="append", default=[], help="repeat for several; without any, read from stdin")
     form = sub.add_mutually_exclusive_group()
     form.add_argument("--raw", action="store_true", help="the prompt as it is, whatever the run was trained on")

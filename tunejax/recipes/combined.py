@@ -114,7 +114,7 @@ def _plain(specs: Sequence[Any], starts: list[Any], train: list[Any], how: How) 
 def _same(specs: Sequence[Mapping[str, Any]], trees: list[Any], what: str) -> Any:
     """The one tree that all of ``trees`` are. Raises ConfigError where they differ."""
     first = trees[0]
-    if any(dict(s) != dict(specs[0]) for s in specs) or not all(_equal(first, t) for t in trees):
+    if any(dict(s) != dict(specs[0]) for s in specs) or not all(equal(first, t) for t in trees):
         found = ", ".join(str(dict(s)) for s in specs)
         raise errors.ConfigError(
             f"{specs[0]['name']}: the runs differ in what they are or in their {what} ({found}), so their arrays do "
@@ -123,7 +123,8 @@ def _same(specs: Sequence[Mapping[str, Any]], trees: list[Any], what: str) -> An
     return first
 
 
-def _equal(a: Any, b: Any) -> bool:
+def equal(a: Any, b: Any) -> bool:
+    """Whether two trees hold the same arrays under the same names."""
     ours, theirs = adapter.named(a), adapter.named(b)
     return ours.keys() == theirs.keys() and all(np.array_equal(x, theirs[k]) for k, x in ours.items())
 

@@ -41,11 +41,14 @@ def settings(args: argparse.Namespace) -> How:
     return How(args.how, weights, args.density, jax.random.key(args.seed))
 
 
-def opened(names: list[str]) -> list[artefact.Tuned]:
-    """The runs, their base held once. Raises CheckpointError where it is not the same for all."""
+def opened(names: list[str], changes: list[str] | None = None) -> list[artefact.Tuned]:
+    """The runs, their base held once. Raises CheckpointError where it is not the same for all.
+
+    changes: overrides of each one's config.
+    """
     runs: list[artefact.Tuned] = []
     for name in names:
-        runs.append(artefact.open_run(name, beside=runs[0] if runs else None))
+        runs.append(artefact.open_run(name, changes, beside=runs[0] if runs else None))
         first, base = runs[0].loaded.base, runs[-1].loaded.base
         if base.digest != first.digest or runs[-1].parts.config.model.head != runs[0].parts.config.model.head:
             raise errors.CheckpointError(
