@@ -77,7 +77,7 @@ class Setting:
     def all(self):
         """(step, state, base) of all members, which have a seed and a learning rate of their own."""
         shapes = jax.eval_shape(self.method.init, jax.random.key(0), self.params)
-        factors = [many.factors_of(shapes.train, {})] * self.members
+        factors = [many.factors_of(shapes, {})] * self.members
         keys = [jax.random.key(i) for i in range(self.members)]
         rates = [1e-3 * (i + 1) for i in range(self.members)]
         tuner = lambda rate: optimizer.make_optimizer("adamw", lambda update: rate)  # noqa: E731

@@ -1,6 +1,7 @@
 """A section `many:`: each member ends as the run folder that its own run would have left."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -69,13 +70,29 @@ def test_a_killed_run_goes_on(path, tmp_path):
     for done in (tmp_path / "run").glob("members/*/summary.json"):
         done.unlink()
     (tmp_path / "run/summary.json").unlink()
-    import shutil
-
     shutil.rmtree(tmp_path / "run/checkpoints/4")
     assert cli.main([*half, "train.save_steps=1"]) == 0
     for i in range(3):
         a, b = (artefact.open_run(str(tmp_path / f"{run}/members/{i}")) for run in ("run", "once"))
         jax.tree.map(np.testing.assert_array_equal, a.train, b.train)
+
+
+def test_a_head_that_the_checkpoint_lacks_is_each_members_own(path, tmp_path, capsys):
+    rows = [{"text": f"the {c} cat", "label": c} for c in ("red", "blue", "big", "two")] * 2
+    data = ["objective.name=classification", f"data.path={worlds.jsonl(tmp_path / 'labelled.jsonl', rows)}",
+            "data.eval_path=null", "train.eval_steps=null", "mesh={data: 8}", "train.train_batch_size=8"]  # fmt: skip
+    lora = "{name: lora, rank: 2, targets: attention/q/kernel}"
+    both = [*data, f"method=[{lora}, {{name: full, targets: /head/kernel}}]"]
+    assert cli.main(["train", str(path), *both, "many=[{seed: 1}, {seed: 2}]"]) == 0
+    for i in range(2):
+        own = ["many=[]", f"seed={i + 1}", f"output_dir={tmp_path / f'own{i}'}"]
+        assert cli.main(["train", str(path), *both, *own]) == 0
+        found, alone = (artefact.open_run(str(f)) for f in (tmp_path / f"run/members/{i}", tmp_path / f"own{i}"))
+        close(found.train, alone.train)
+    capsys.readouterr()
+    frozen = [*data, f"method={lora}", f"output_dir={tmp_path / 'frozen'}", "many=[{seed: 1}, {seed: 2}]"]
+    assert cli.main(["train", str(path), *frozen]) == 2
+    assert "begins differently for each member and is frozen: let it train" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,10 @@ def method_of(rank, specs=CHAIN):
     return registry.build([{**first, "rank": rank}, *rest])
 
 
+def given(factor):
+    return {"0:lora": {"b": factor}}
+
+
 def optimizer_of(rate, name="adamw"):
     made = schedule.make_schedule("linear", rate, total_steps=STEPS + 1, warmup_steps=1)
     return optimizer.make_optimizer(name, made, weight_decay=0.1)
@@ -64,7 +68,7 @@ def begin(mesh, members=MEMBERS, name="adamw"):
     own = [method_of(r) for _, r, _ in members]
     largest = max(r for _, r, _ in members)
     shapes = jax.eval_shape(method.init, jax.random.key(0), params)
-    factors = [many.factors_of(shapes.train, {"0:lora": {"b": largest / r}}) for _, r, _ in members]
+    factors = [many.factors_of(shapes, given(largest / r)) for _, r, _ in members]
     keys = [jax.random.key(seed) for seed, _, _ in members]
     s, base = many.start(model, method, own, factors, optimizer_of(1.0, name), params, keys, mesh)
     rates = [rate for _, _, rate in members]
@@ -103,6 +107,19 @@ def test_members_of_other_seeds_ranks_and_rates_equal_their_own_runs():
     np.testing.assert_allclose([m["loss"] for m in found[0]], means, rtol=1e-6)
 
     padding_is_zero(found[1])
+
+
+def test_frozen_arrays_carry_a_scale_too(monkeypatch):
+    """PiSSA subtracts its start, which lies in ``state``."""
+    monkeypatch.setattr(
+        "test_many.method_of",
+        lambda rank: registry.build({"name": "pissa", "targets": "attention/q/kernel", "alpha": 6.0, "rank": rank}),
+    )
+    monkeypatch.setattr("test_many.given", lambda factor: {"": {"b": factor, "b0": factor}})
+    mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    found = together(mesh, batches())
+    for i, member in enumerate(MEMBERS[:2]):
+        compare(found, alone(*member, mesh, batches()), i)
 
 
 def test_padding_stays_zero_without_adams_denominator():

@@ -57,7 +57,7 @@ def run(config: schema.Config) -> dict[str, Any]:
     optimizer = settings.optimizer(config, total)
     begun, base = many.start(
         parts.model, parts.method, [p.method for p in own],
-        [many.factors_of(shapes.train, members.keyed(parts.method, f)) for f in plans], optimizer, loaded.params,
+        [many.factors_of(shapes, members.keyed(parts.method, f)) for f in plans], optimizer, loaded.params,
         [jax.random.key(c.seed) for c in configs], mesh, heads=heads,
     )  # fmt: skip
     parts = teacher.beside(parts, base)

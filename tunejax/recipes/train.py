@@ -20,7 +20,7 @@ def main(args: argparse.Namespace) -> int:
     """Runs the config; 0, or 1 where the result is not what its ``expected`` says."""
     config = load.load(args.config, args.overrides)
     summary = run(config)
-    missed = check_expected(config, summary)
+    missed = [line for one in summary.get("members", [summary]) for line in check_expected(config, one)]
     for line in missed:
         print(f"tunejax: {line}", file=sys.stderr)
     return 1 if missed else 0

@@ -35,7 +35,7 @@ def start(
     model: Model,
     method: Method,
     members: Sequence[Method],
-    factors: Sequence[PyTree],
+    factors: Sequence[Mapping[str, float]],
     optimizer: Any,
     params: Params,
     keys: Sequence[Any],
@@ -49,7 +49,7 @@ def start(
       model: for its logical axes.
       method: whose arrays are as large as any member's.
       members: the method of each, as its own run would have it; the same object where it is the same method.
-      factors: of each, a tree of numbers like its ``train``: what its arrays are multiplied by before they are bound.
+      factors: of each, as of `factors_of`: what arrays are multiplied by before they are bound; the same ones for all.
       optimizer: of any of them; their states differ in nothing but numbers.
       params: the model's parameters; give them up after this call.
       keys: of each member's run.
@@ -141,13 +141,17 @@ def member(state: TrainState, i: int, like: Start) -> TrainState:
 
 
 def multiplied(method: Method) -> Method:
-    """The method with a state {`OWN`, `FACTORS`}: it binds each array times its factor; gradients pass through that."""
+    """The method with a state {`OWN`, `FACTORS`}: it binds arrays times their factors; gradients pass through that."""
 
-    def times(train: PyTree, state: PyTree) -> PyTree:
-        return jax.tree.map(jnp.multiply, train, state[FACTORS])
+    def times(train: PyTree, state: PyTree) -> tuple[PyTree, PyTree]:
+        def one(where: tuple, x: jax.Array) -> jax.Array:
+            factor = state[FACTORS].get(jax.tree_util.keystr(where))
+            return x if factor is None else x * factor
+
+        return jax.tree.map_with_path(one, (train, state[OWN]))
 
     return method._replace(
-        bind=lambda params, train, state, ctx: method.bind(params, times(train, state), state[OWN], ctx),
+        bind=lambda params, train, state, ctx: method.bind(params, *times(train, state), ctx),
         update=lambda train, state, grads, ctx: {**state, OWN: method.update(train, state[OWN], grads, ctx)},
         penalty=lambda train, state, ctx: method.penalty(train, state[OWN], ctx),
     )
@@ -241,15 +245,15 @@ def of_member(values: Mapping[str, float], i: int) -> dict[str, float]:
     return out
 
 
-def factors_of(train: PyTree, given: Mapping[str, Mapping[str, float]]) -> PyTree:
-    """Numbers like ``train`` (shapes will do), for `start`: 1 unless given.
+def factors_of(start: Start, given: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """For `start`: the arrays of train and state (shapes will do) that are multiplied, by where they lie.
 
     given: key of a part of a chain ("" where there is no chain) -> name of an array -> its factor.
     """
-
-    def one(where: tuple, x: Any) -> float:
+    out = {}
+    for where, _ in jax.tree.leaves_with_path((start.train, start.state)):
         keys = [str(getattr(k, "key", k)) for k in where]
-        part = given.get(keys[0], given.get("", {}))
-        return part.get(keys[-1], 1.0)
-
-    return jax.tree.map_with_path(one, train)
+        part = given.get(keys[1], given.get("", {}))
+        if keys[-1] in part:
+            out[jax.tree_util.keystr(where)] = part[keys[-1]]
+    return out
