@@ -70,6 +70,7 @@ def parser() -> argparse.ArgumentParser:
     export.add_argument(
         "--dtype", choices=["float32", "bfloat16", "float16"], help="of the weights (default: as loaded)"
     )
+    _merge(verb("merge", "combine the adapters of several runs on one base into one"))
     verb("methods", "list the methods, what they train and their papers").add_argument(
         "--markdown", action="store_true", help="as the table of the README"
     )
@@ -77,8 +78,31 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+def _merge(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("runs", nargs="+", metavar="run", help="run folders, or adapter folders of HF PEFT")
+    sub.add_argument("--output", required=True, help="run folder to write; must not exist or be empty")
+    sub.add_argument(
+        "--how",
+        default="cat",
+        choices=["cat", "linear", "ties", "dare_linear", "dare_ties", "magnitude_prune"],
+        help="cat (default): the exact weighted sum; the others as HF PEFT calls them",
+    )
+    sub.add_argument("--weights", type=float, nargs="+", help="one a run, also negative (default: a mean)")
+    sub.add_argument("--density", type=float, default=0.5, help="share of entries that pruning keeps (default 0.5)")
+    sub.add_argument(
+        "--of",
+        default="adapters",
+        choices=["adapters", "weights"],
+        help="what is combined: what the adapters hold, as HF PEFT does, or how the weights changed, as the papers do",
+    )
+    sub.add_argument("--rank", type=int, help="with --of weights: keep kernels as products of this rank (by SVD)")
+    sub.add_argument("--seed", type=int, default=0, help="of what dare_* drops")
+
+
 def _generate(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("model", help="model folder, hub id, 'embedded', run folder, or HF PEFT adapter")
+    sub.add_argument("model", nargs="?", help="model folder, hub id, 'embedded', run folder, or HF PEFT adapter")
+    sub.add_argument("--adapters", nargs="+", metavar="RUN", help="several runs on one base, for one batch of prompts")
+    sub.add_argument("--adapter-ids", type=int, nargs="+", help="which of them answers each prompt, from 0 (in turn)")
     sub.add_argument("--prompt", action="append", default=[], help="repeat for several; without any, read from stdin")
     form = sub.add_mutually_exclusive_group()
     form.add_argument("--raw", action="store_true", help="the prompt as it is, whatever the run was trained on")

@@ -9,7 +9,9 @@ import pytest
 from tunejax import cli
 from tunejax.core import errors
 
-VERBS = ("train", "compare", "validate", "preprocess", "evaluate", "generate", "export", "methods", "env")
+VERBS = (
+    "train", "compare", "validate", "preprocess", "evaluate", "generate", "export", "merge", "methods", "env",
+)  # fmt: skip
 
 
 def test_help_needs_nothing_heavy():

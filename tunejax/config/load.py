@@ -101,6 +101,16 @@ def override(raw: dict[str, Any], assignments: list[str], strict: bool = True) -
     return raw
 
 
+def with_values(raw: dict[str, Any], values: dict[str, Any], origin: str) -> dict[str, Any]:
+    """``raw`` with values by dotted key, as `override` does it. Raises ConfigError on an unknown key."""
+    known = keys()
+    for name, value in values.items():
+        if not _is_known(name, known):
+            raise errors.ConfigError(f"{origin}: unknown key {name!r}. {_hint(name, known)}")
+        raw = _set(raw, name.split("."), value, f"{origin}: {name}")
+    return raw
+
+
 def _set(node: Any, path: list[str], value: Any, text: str) -> Any:
     if not path:
         return value

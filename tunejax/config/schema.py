@@ -214,6 +214,9 @@ class Config(Section):
     method: dict[str, Any] | list[dict[str, Any]] = Field(description="one method, or a list to chain")
     objective: ObjectiveSection = ObjectiveSection()
     distill: DistillSection | None = None
+    many: list[dict[str, Any]] = Field(
+        [], description="several runs in one program: of each, seed, train.learning_rate, method.rank that differ"
+    )
     train: TrainSection = TrainSection()  # type: ignore[call-arg]
     mesh: MeshSection = MeshSection()  # type: ignore[call-arg]
     generation: GenerationSection = GenerationSection()  # type: ignore[call-arg]

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tunejax.core import errors, operators, portable
+from tunejax.core import combine, errors, operators, portable
 
 ALIASES = {
     "r": "rank",
@@ -191,3 +191,13 @@ PEFT = portable.Form(
     split=lambda arrays, i, of: {"a": arrays["a"], "b": np.split(arrays["b"], of, axis=1)[i]},
 )
 """How PEFT keeps it; what trains and how fast is not part of that."""
+
+
+PRODUCT = combine.Product(
+    factors=lambda arrays: combine.Factors(arrays["a"], arrays["b"]),
+    scale=lambda arguments: scale_of(arguments["alpha"], arguments["rank"], arguments["rslora"]),
+    scaled=("b",),
+    varies=("rank", "alpha", "rslora"),
+    plain=lambda rank: {"name": "lora", "rank": rank, "alpha": float(rank)},
+)
+"""How several of them combine."""

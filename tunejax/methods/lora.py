@@ -16,7 +16,7 @@ from tunejax.core.method import Context, Method, Site
 ALIASES = {**low_rank.ALIASES, "loraplus_lr_ratio": "ratio"}
 """What PEFT calls it -> what it is here."""
 
-PEFT = low_rank.PEFT
+PEFT, PRODUCT = low_rank.PEFT, low_rank.PRODUCT
 
 
 def lora(

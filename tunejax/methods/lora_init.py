@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tunejax.core import errors, low_rank, operators, portable
+from tunejax.core import combine, errors, low_rank, operators, portable
 from tunejax.core import method as methods
 from tunejax.core.method import Context, Method, Site
 
@@ -39,6 +39,14 @@ PEFT = low_rank.PEFT._replace(
     write=lambda arrays: low_rank.PEFT.write(_difference(arrays)), read=None, written=_doubled, fuse=None
 )
 """A plain LoRA of twice the rank, on the base as it is."""
+
+PRODUCT = low_rank.PRODUCT._replace(
+    factors=lambda arrays: combine.Factors(
+        jnp.concatenate([arrays["a"], arrays["a0"]], axis=-1), jnp.concatenate([arrays["b"], -arrays["b0"]], axis=-2)
+    ),
+    scaled=("b", "b0"),
+)
+"""The same, to combine."""
 
 
 def pissa(

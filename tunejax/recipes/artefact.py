@@ -13,12 +13,16 @@ from tunejax.recipes import adapter, assemble, folder
 
 
 class Tuned(NamedTuple):
-    """A model with what a run trained. params: bound, ready for the model; base: after the method's edits."""
+    """A model with what a run trained. params: bound, ready for the model; base: after the method's edits.
+
+    loaded: the base before them.
+    """
 
     parts: assemble.Parts
     base: paths.Params
     train: Any
     state: Any
+    loaded: assemble.Loaded
 
     @property
     def params(self) -> paths.Params:
@@ -26,19 +30,20 @@ class Tuned(NamedTuple):
         return self.parts.method.bind(self.base, self.train, self.state, method_lib.Context())
 
 
-def open_run(text: str, changes: list[str] | None = None) -> Tuned:
+def open_run(text: str, changes: list[str] | None = None, beside: Tuned | None = None) -> Tuned:
     """The tuned model of a run folder.
 
     Args:
       text: path of the run folder, or of an adapter that HF PEFT wrote (it names its base, and has no digest of it).
       changes: overrides of its config; another model.path is another base, and refused unless its digest agrees.
+      beside: a model opened before, whose base is shared where this run's is the same.
 
     Raises:
       ConfigError: no run folder.
       CheckpointError: no adapter, a damaged one, or one of another base.
     """
     if peft_read.is_adapter(text):
-        return _open_peft(Path(text), changes or [])
+        return _open_peft(Path(text), changes or [], beside)
     path = folder.find(text)
     raw = load.override(load.read_file(path / "config.yaml"), changes or [])
     found = adapter.read(path / "adapter")
@@ -46,15 +51,37 @@ def open_run(text: str, changes: list[str] | None = None) -> Tuned:
         raw["data"]["labels"] = found.info["labels"]  # as the training rows had them
     config = load.check(raw, str(path / "config.yaml"))
     parts = assemble.parts(config, assemble.opened(config), num_labels=found.info.get("num_labels"))
-    loaded = assemble.load(parts)
+    loaded = _loaded(parts, beside)
     adapter.check_base(found, loaded.base)
     params = paths.replace(loaded.params, _fresh(found, loaded))
     start = jax.eval_shape(parts.method.init, jax.random.key(0), params)
     train, state = (adapter.restore(found, k, getattr(start, k)) for k in ("train", "state"))
-    return Tuned(parts, _edited(parts, params), train, state)
+    return Tuned(parts, _edited(parts, params), train, state, loaded._replace(params=params))
 
 
-def _open_peft(path: Path, changes: list[str]) -> Tuned:
+def _loaded(parts: assemble.Parts, beside: Tuned | None) -> assemble.Loaded:
+    """The base of ``parts``: that of ``beside`` where all that it depends on is the same."""
+    if beside is None:
+        return assemble.load(parts)
+    theirs = beside.parts
+    same = (
+        parts.folder == theirs.folder
+        and parts.model_config == theirs.model_config
+        and parts.config.model == theirs.config.model
+        and parts.config.mesh == theirs.config.mesh
+        and cuts(parts) == cuts(theirs)
+        and (parts.config.seed == theirs.config.seed or not beside.loaded.fresh)
+        and not parts.config.model.random_init
+    )
+    return beside.loaded if same else assemble.load(parts)
+
+
+def cuts(parts: assemble.Parts) -> tuple[int, ...]:
+    """Where the model's stack is cut."""
+    return parts.method.cuts(parts.model_config.num_layers)
+
+
+def _open_peft(path: Path, changes: list[str], beside: Tuned | None) -> Tuned:
     """An adapter of HF PEFT on the base that it names."""
     settings = peft_read.settings(path)
     head = {v: k for k, v in peft.TASKS.items()}.get(settings.get("task_type") or "", "lm")
@@ -69,11 +96,12 @@ def _open_peft(path: Path, changes: list[str]) -> Tuned:
     found = peft_read.read(path, shape, head=head)
     config = load.check({**raw, "method": found.specs}, str(path / peft.CONFIG))
     parts = assemble.parts(config, assemble.opened(config), num_labels=shape.num_labels)
-    loaded = assemble.load(parts)
+    loaded = _loaded(parts, beside)
     start = jax.eval_shape(parts.method.init, jax.random.key(0), loaded.params)
     train = peft_read.trained(found, parts.method, start.train, parts.method.cuts(shape.num_layers))
     state = jax.jit(lambda p: parts.method.init(jax.random.key(config.seed), p).state)(loaded.params)
-    return Tuned(parts, _edited(parts, loaded.params), train, peft_read.state_of(found, parts.method, state))
+    state = peft_read.state_of(found, parts.method, state)
+    return Tuned(parts, _edited(parts, loaded.params), train, state, loaded)
 
 
 def open_base(config: schema.Config, num_labels: int | None = None) -> Tuned:
@@ -81,7 +109,7 @@ def open_base(config: schema.Config, num_labels: int | None = None) -> Tuned:
     parts = assemble.parts(config, assemble.opened(config), num_labels=num_labels)
     loaded = assemble.load(parts)
     start = parts.method.init(jax.random.key(config.seed), loaded.params)
-    return Tuned(parts, method_lib.apply_edits(loaded.params, start.edits), start.train, start.state)
+    return Tuned(parts, method_lib.apply_edits(loaded.params, start.edits), start.train, start.state, loaded)
 
 
 def plain(model: str, dtype: str = "float32") -> Tuned:
@@ -90,7 +118,8 @@ def plain(model: str, dtype: str = "float32") -> Tuned:
     raw = {"output_dir": "unused", "model": named, "data": {"path": "unused", "max_length": 2}, "method": "none"}
     config = load.check(raw)
     parts = assemble.parts(config, assemble.opened(config, NOTHING))
-    return Tuned(parts, assemble.load(parts).params, {}, {})
+    loaded = assemble.load(parts)
+    return Tuned(parts, loaded.params, {}, {}, loaded)
 
 
 def _nothing(key: Any, params: paths.Params) -> method_lib.Start:

@@ -43,6 +43,14 @@ def begin(config: schema.Config) -> Path:
     return path
 
 
+def new(text: str) -> Path:
+    """A folder to write to. Raises ConfigError where it holds something."""
+    path = Path(text)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise errors.ConfigError(f"--output {path} exists and is not an empty folder; name a new one")
+    return path
+
+
 def find(text: str) -> Path:
     """The run folder at ``text``. Raises ConfigError where there is none."""
     path = Path(text)

@@ -15,20 +15,23 @@ from tunejax.recipes import artefact, assemble, runtime, samples
 
 def main(args: argparse.Namespace) -> None:
     """Streams what the model writes after each prompt; several prompts one after another."""
+    if args.model is None and not args.adapters:
+        raise errors.ConfigError("generate needs a model folder, a hub id or a run folder, or --adapters RUN RUN ...")
     how = settings(args)
     prompts = args.prompt or [line.rstrip("\n") for line in sys.stdin if line.strip()]
     if not prompts:
         raise errors.ConfigError("no prompt: give --prompt TEXT, or lines on standard input")
     runtime.begin()
+    if args.adapters:
+        from tunejax.recipes import mixed
+
+        mixed.main(args, how, prompts)
+        return
     tuned = artefact.open_run(args.model) if artefact.is_run(args.model) else artefact.plain(args.model, args.dtype)
     if not samples.generates(tuned.parts):
         raise errors.ConfigError(f"{args.model} is tuned for {tuned.parts.config.objective.name}; it writes no text")
-    g = tuned.parts.config.generation
-    for name in ("temperature", "top_k", "top_p", "min_p"):
-        if getattr(args, name) is None:
-            how = how._replace(**{name: getattr(g, name)})
-    sampling.check(how)
-    count = args.max_new_tokens or g.max_new_tokens
+    how = filled(how, args, tuned)
+    count = args.max_new_tokens or tuned.parts.config.generation.max_new_tokens
     for i, prompt in enumerate(prompts):
         if len(prompts) > 1:
             print(f"> {prompt}")
@@ -44,6 +47,14 @@ def settings(args: argparse.Namespace) -> sampling.Sampling:
     if args.max_new_tokens is not None and args.max_new_tokens < 1:
         raise errors.ConfigError(f"--max-new-tokens is {args.max_new_tokens}; expected 1 or more")
     how = sampling.Sampling(args.temperature or 0.0, args.top_k, args.top_p, args.min_p)
+    sampling.check(how)
+    return how
+
+
+def filled(how: sampling.Sampling, args: argparse.Namespace, tuned: artefact.Tuned) -> sampling.Sampling:
+    """``how`` with what no flag gave as the run's config has it."""
+    names = [n for n in ("temperature", "top_k", "top_p", "min_p") if getattr(args, n) is None]
+    how = how._replace(**{n: getattr(tuned.parts.config.generation, n) for n in names})
     sampling.check(how)
     return how
 

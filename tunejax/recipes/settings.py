@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -44,12 +44,15 @@ def total_steps(config: schema.Config, steps_of: Callable[[float], int]) -> int:
     return max(1, steps_of(config.train.num_train_epochs or DEFAULT_EPOCHS))
 
 
-def optimizer(config: schema.Config, total_steps: int) -> optimizers.Optimizer:
-    """The optimiser with its schedule. Raises ConfigError on a name that it does not know."""
+def optimizer(config: schema.Config, total_steps: int, learning_rate: Any = None) -> optimizers.Optimizer:
+    """The optimiser with its schedule. Raises ConfigError on a name that it does not know.
+
+    learning_rate: instead of the config's, a number or a traced scalar.
+    """
     t = config.train
     rate = schedule.make_schedule(
         t.lr_scheduler_type,
-        t.learning_rate,
+        t.learning_rate if learning_rate is None else learning_rate,
         total_steps=total_steps,
         warmup_steps=t.warmup_steps,
         warmup_ratio=t.warmup_ratio,

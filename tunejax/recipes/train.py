@@ -20,7 +20,7 @@ def main(args: argparse.Namespace) -> int:
     """Runs the config; 0, or 1 where the result is not what its ``expected`` says."""
     config = load.load(args.config, args.overrides)
     summary = run(config)
-    missed = check_expected(config, summary)
+    missed = [line for one in summary.get("members", [summary]) for line in check_expected(config, one)]
     for line in missed:
         print(f"tunejax: {line}", file=sys.stderr)
     return 1 if missed else 0
@@ -32,6 +32,10 @@ def run(config: schema.Config) -> dict[str, Any]:
     Raises:
       TunejaxError: what does not fit in config, rows, checkpoint or targets; then nothing has been written.
     """
+    if config.many:
+        from tunejax.recipes import many
+
+        return many.run(config)
     out = folder.claim(config)
     if (out / "summary.json").is_file():
         print(f"{out} is finished; this is its summary. Remove summary.json to measure and sample anew.")
@@ -93,37 +97,21 @@ def run(config: schema.Config) -> dict[str, Any]:
 
     # What comes out: the adapter, samples, a picture, the summary.
     check_untouched(loaded.prints, base, shapes.edits)
-    info = {"method": config.method, "name": parts.method.name, "head": config.model.head, "seed": config.seed,
-            "num_labels": parts.model_config.num_labels, "labels": list(data.labels), "step": at}  # fmt: skip
-    trees = {"train": final.train, "state": final.state, "fresh": fresh}
-    adapter.save(out / "adapter", trees, loaded.base, info)
-    end_scores = judge(final, base, out, "after")
-    summary = {
-        **{f"before_{k}": v for k, v in start_scores.items()},
-        **{f"eval_{k}": v for k, v in end_scores.items()},
+    ran = {
         "step": at,
         "steps_run": result.step,
         "stopped": result.stopped,
         "best_step": result.best_step,
         "skipped_updates": int(result.state.nonfinite[1]),
-        "trained_parameters": counts.trained,
-        "all_parameters": counts.total + counts.added,
-        "trained_share": counts.share,
         "optimizer_bytes": state.nbytes(result.state.opt_state),
         "step_memory_bytes": result.memory,
         "tokens_per_second": result.watch.tokens_per_second,
         "train_seconds": result.watch.seconds,
-        "devices": runtime.devices(),
-        "base": loaded.base._asdict(),
-        "rows": data.counts(),
     }
+    summary, end_scores = leave(out, judge, final, base, loaded.base, counts, fresh, start_scores, ran)
     if jax.process_index():
         return summary
-    plots.loss(
-        folder.read_rows(out / "metrics.jsonl"), out / "plots" / "loss.png", f"{parts.name}, {parts.method.name}"
-    )
-    folder.write_json(out / "summary.json", summary)
-    conclude(out, start_scores, end_scores, summary)
+    conclude(out, parts, start_scores, end_scores, summary)
     return summary
 
 
@@ -133,6 +121,34 @@ def training_step(parts: assemble.Parts, optimizer: Any, sizes: settings.Batches
         parts.model, parts.method, parts.objective, optimizer, mesh=parts.mesh, accumulate=sizes.accumulate,
         max_grad_norm=parts.config.train.max_grad_norm,
     )  # fmt: skip
+
+
+def leave(
+    out: Path, judge: samples.Judge, final: state.TrainState, base: paths.Params, origin: adapter.Base,
+    counts: table.Table, fresh: dict[str, Any], start_scores: dict[str, float], ran: dict[str, Any],
+) -> tuple[dict[str, Any], dict[str, float]]:  # fmt: skip
+    """Writes the adapter and the samples of a run; returns its summary and its scores.
+
+    ran: what the summary says of the loop.
+    """
+    parts, config, data = judge.parts, judge.parts.config, judge.rows
+    info = {"method": config.method, "name": parts.method.name, "head": config.model.head, "seed": config.seed,
+            "num_labels": parts.model_config.num_labels, "labels": list(data.labels), "step": ran["step"]}  # fmt: skip
+    trees = {"train": final.train, "state": final.state, "fresh": fresh}
+    adapter.save(out / "adapter", trees, origin, info)
+    end_scores = judge(final, base, out, "after")
+    summary = {
+        **{f"before_{k}": v for k, v in start_scores.items()},
+        **{f"eval_{k}": v for k, v in end_scores.items()},
+        **ran,
+        "trained_parameters": counts.trained,
+        "all_parameters": counts.total + counts.added,
+        "trained_share": counts.share,
+        "devices": runtime.devices(),
+        "base": origin._asdict(),
+        "rows": data.counts(),
+    }
+    return summary, end_scores
 
 
 def announce(parts: assemble.Parts, counts: table.Table, targets: report.Report, data: rows.Rows, total: int) -> None:
@@ -153,8 +169,14 @@ def check_untouched(before: dict[str, str], base: paths.Params, edits: dict[str,
         raise errors.TunejaxError(f"the base changed during the run, which must not be: {', '.join(changed[:5])}")
 
 
-def conclude(out: Path, start: dict[str, float], end: dict[str, float], summary: dict[str, Any]) -> None:
-    """Prints before and after, and where everything lies."""
+def conclude(
+    out: Path, parts: assemble.Parts, start: dict[str, float], end: dict[str, float], summary: dict[str, Any]
+) -> None:
+    """Draws the picture, writes the summary, prints before and after, and where everything lies."""
+    plots.loss(
+        folder.read_rows(out / "metrics.jsonl"), out / "plots" / "loss.png", f"{parts.name}, {parts.method.name}"
+    )
+    folder.write_json(out / "summary.json", summary)
     for name in end:
         print(f"  {name:<14}{start.get(name, float('nan')):>10.4f} before {end[name]:>10.4f} after")
     skipped = summary["rows"]["skipped"]

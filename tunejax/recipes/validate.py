@@ -9,7 +9,7 @@ from tunejax.config import load, locate
 from tunejax.core import errors, table
 from tunejax.interop import tensors
 from tunejax.methods import report
-from tunejax.recipes import assemble, folder, runtime, settings
+from tunejax.recipes import assemble, folder, members, runtime, settings
 
 
 def main(args: argparse.Namespace) -> None:
@@ -22,6 +22,8 @@ def main(args: argparse.Namespace) -> None:
     settings.batches(config, parts.mesh)
     stored = tensors.open_folder(parts.folder)
     settings.optimizer(config, total_steps=1000)
+    if config.many:
+        members.plan(members.configs_of(config))
     params = jax.eval_shape(parts.model.init, jax.random.key(0))
     start = jax.eval_shape(parts.method.init, jax.random.key(0), params)
     print(f"model    {parts.name}: {parts.model_config.family}, {len(stored)} tensors in {parts.folder}")

@@ -29,12 +29,15 @@ class Step:
     the objective's own as means.
     """
 
-    def __init__(self, model: Model, method: Method, objective: Objective, mesh: Mesh, update: Callable) -> None:
+    def __init__(
+        self, model: Model, method: Method, objective: Objective, mesh: Mesh, update: Callable,
+        sums: Callable | None = None,
+    ) -> None:  # fmt: skip
         self.model, self.method, self.objective, self.mesh = model, method, objective, mesh
         self._update = update
         self._compiled: Any = None
         self._ahead: Future | None = None
-        sums = functools.partial(evaluate, model, method, objective)
+        sums = sums or functools.partial(evaluate, model, method, objective)
         self._evaluate = jax.jit(sums, out_shardings=sharding.replicated(mesh))
 
     def __call__(self, state: TrainState, base: Params, frozen: Params, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -107,6 +110,14 @@ def make_step(
         weights and gradients are summed and divided once, so the result is that of one big batch.
       max_grad_norm: clip the global norm to this, as `torch.nn.utils.clip_grad_norm_` does.
     """
+    update = make_update(model, method, objective, optimizer, accumulate, max_grad_norm)
+    return Step(model, method, objective, mesh, update)
+
+
+def make_update(
+    model: Model, method: Method, objective: Objective, optimizer: Any, accumulate: int, max_grad_norm: float | None
+) -> Callable[[TrainState, Params, Params, Batch], tuple[TrainState, Metrics]]:
+    """The step as a plain function, to compile or to transform further; arguments as of `make_step`."""
     gradients = _gradients(model, method, objective)
 
     def update(state: TrainState, base: Params, frozen: Params, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -126,7 +137,7 @@ def make_step(
         metrics = {"loss": loss, "weight": weight, "grad_norm": norm, "nonfinite": new.nonfinite[0].astype(jnp.float32)}
         return new, {**{name: mean(*pair) for name, pair in sums.items()}, **metrics}
 
-    return Step(model, method, objective, mesh, update)
+    return update
 
 
 def _gradients(model: Model, method: Method, objective: Objective) -> Callable:

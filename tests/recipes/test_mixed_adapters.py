@@ -1,0 +1,93 @@
+"""`tunejax generate --adapters`: each prompt is answered as its run alone would answer it."""
+
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import yaml
+
+sys.path.insert(0, str(Path(__file__).parent))
+import worlds
+
+from tunejax import cli
+from tunejax.core.model import full_batch
+from tunejax.recipes import merge, mixed
+
+RUNS = {
+    "q": {"name": "lora", "rank": 2, "targets": "attention/q/kernel"},
+    "mlp": {"name": "pissa", "rank": 3, "alpha": 6.0, "targets": "mlp/*/kernel"},
+    "v": {"name": "lora_fa", "rank": 4, "targets": "attention/{q,v}/kernel"},
+    "adapter": {"name": "pfeiffer", "width": 2},
+    "another": {"name": "pfeiffer", "width": 2},
+}
+PROMPTS = ["what is red cat ?", "the dog", "what is blue one ?", "a big"]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Folders of short runs on one base, by name."""
+    home = tmp_path_factory.mktemp("runs")
+    path = worlds.make(home)
+    raw = yaml.safe_load(path.read_text())
+    del raw["data"]["eval_path"]
+    raw["train"] |= {"max_steps": 3, "learning_rate": 0.2}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TUNEJAX_CACHE", str(home / "cache"))
+        for seed, (name, method) in enumerate(RUNS.items()):
+            raw |= {"output_dir": str(home / name), "method": method, "seed": seed}
+            path.write_text(yaml.safe_dump(raw))
+            assert cli.main(["train", str(path)]) == 0
+    return home
+
+
+def said(capsys, *args):
+    capsys.readouterr()
+    assert cli.main(["generate", *args, "--max-new-tokens", "4"]) == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("names", [["q", "mlp", "v"], ["adapter", "another"]])
+def test_logits_and_text_of_a_mixed_batch(runs, names, capsys):
+    folders = [str(runs / n) for n in names]
+    opened = merge.opened(folders)
+    kernels = [r.loaded.params["layers"]["0"]["attention"]["q"]["kernel"] for r in opened]
+    assert all(k is kernels[0] for k in kernels)  # the base is held once
+    ids = [i % len(names) for i in (1, 0, 2, 1)]
+    served = mixed.serve(opened)
+    batch = full_batch(jnp.asarray(np.random.default_rng(0).integers(4, 20, (4, 9)), jnp.int32))
+    found = logits(served.model, served.chosen(ids), batch)
+    each = [logits(r.parts.model, r.params, batch) for r in opened]
+    assert np.abs(each[0] - each[1]).max() > 1e-2
+    for row, i in enumerate(ids):
+        np.testing.assert_allclose(found[row], each[i][row], atol=1e-5)
+    prompts = [x for p in PROMPTS for x in ("--prompt", p)]
+    text = said(capsys, "--adapters", *folders, "--adapter-ids", *map(str, ids), *prompts)
+    alone = [said(capsys, folders[i], "--prompt", p) for i, p in zip(ids, PROMPTS, strict=True)]
+    shown = [f"> [{folders[i]}] {p}\n{t}" for i, p, t in zip(ids, PROMPTS, alone, strict=True)]
+    assert [" ".join(x.split()) for x in text.split("> ")] == [" ".join(x.split()) for x in "".join(shown).split("> ")]
+
+
+def logits(model, params, batch):
+    run = jax.jit(lambda p: model.logits(model.head(p), model.hidden(p, batch)[0]))
+    return np.asarray(run(params))
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--adapters", "q", "mlp", "--prompt", "a"], "1 prompts and 2 adapters"),
+        (
+            ["--adapters", "q", "adapter", "--adapter-ids", "1", "--prompt", "a"],
+            "what else differs needs",
+        ),
+        (["--adapters", "q", "mlp", "--adapter-ids", "2", "--prompt", "a"], "no adapter 2"),
+        (["--prompt", "a"], "generate needs a model folder"),
+    ],
+)
+def test_mistakes_are_told(runs, args, message, monkeypatch, capsys):
+    monkeypatch.chdir(runs)
+    assert cli.main(["generate", *args]) == 2
+    assert message in capsys.readouterr().err

@@ -1,0 +1,196 @@
+"""Several runs on one base combined into one adapter: on what their adapters hold, or on how the weights changed."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tunejax.config import schema
+from tunejax.core import combine, errors, method, operators, paths
+from tunejax.core.combine import Factors, Product
+from tunejax.methods import registry
+from tunejax.recipes import adapter, artefact
+
+STACKED = "cat"
+"""The exact weighted sum: of products by their ranks side by side, of anything else as "linear"."""
+PLAIN, WHOLE = "lora", "full"
+"""Methods that keep changes of kernels as products, and that keep whole values."""
+
+
+class How(NamedTuple):
+    """How changes are made one: as of `combine.combine`, or `STACKED`."""
+
+    name: str
+    weights: list[float]
+    density: float
+    key: Any
+
+    def of(self, path: str, changes: Sequence[Any], taking: Sequence[int]) -> Any:
+        """The changes at ``path`` of the runs ``taking`` part, as one."""
+        weights, name = [self.weights[i] for i in taking], "linear" if self.name == STACKED else self.name
+        return combine.combine(changes, weights, name, **self.options(path))
+
+    def options(self, path: str) -> dict[str, Any]:
+        """What `combine` is told besides. Each path draws by itself, and each layer is pruned by itself."""
+        return {"density": self.density, "key": method.path_key(self.key, path), "each": path.startswith("layers/")}
+
+
+class Made(NamedTuple):
+    """What comes out. specs: descriptions of its methods; train, state: a tree for each of them."""
+
+    specs: list[dict[str, Any]]
+    train: list[Any]
+    state: list[Any]
+
+
+def of_adapters(runs: list[artefact.Tuned], how: How) -> Made:
+    """What the runs trained, array by array, as HF PEFT combines adapters. Raises ConfigError where arrays differ."""
+    specs = [specs_of(r.parts.config) for r in runs]
+    if len({len(s) for s in specs}) > 1 or len({artefact.cuts(r.parts) for r in runs}) > 1:
+        raise errors.ConfigError(
+            f"the runs are of {', '.join(r.parts.method.name for r in runs)}, which have no arrays in common to "
+            "combine; --of weights combines what they made of the base"
+        )
+    if len(specs[0]) > 1 and any(len(r.parts.method.parts) != len(specs[0]) for r in runs):
+        raise errors.ConfigError("a preset in a list of methods is several of them; give the list in its parts")
+    out = Made([], [], [])
+    for i, ours in enumerate(zip(*specs, strict=True)):
+        train, state = ([_part(r, t, i) for r in runs] for t in ("train", "state"))
+        called = [registry.resolved(s) for s in ours]
+        products = [module.PRODUCT for _, _, module in called if hasattr(module, "PRODUCT")]
+        if len(products) == len(runs):
+            spec, arrays = _products(products, [a for _, a, _ in called], train, state, how)
+            kept: Any = {}
+        else:
+            starts = [_part(r, "start", i) for r in runs]
+            spec, arrays, kept = dict(ours[0]), _plain(ours, starts, train, how), _same(ours, state, "state")
+        for field, value in zip(out, (spec, arrays, kept), strict=True):
+            field.append(value)
+    return out
+
+
+def _products(
+    products: list[Product], arguments: list[dict[str, Any]], train: list[Any], state: list[Any], how: How
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(description, arrays by site) of the one product of each kernel's products."""
+    parts: dict[str, dict[int, Factors]] = {}
+    for i, (product, t, s) in enumerate(zip(products, train, state, strict=True)):
+        for p, arrays in t.items():
+            parts.setdefault(p, {})[i] = product.factors({**arrays, **s.get(p, {})})
+    ranks = [max(f[i].a.shape[-1] for f in parts.values() if i in f) for i in range(len(products))]
+    if how.name != STACKED and len(set(ranks)) > 1:
+        raise errors.ConfigError(f"{how.name} adds factors of one rank, found {ranks}: --how {STACKED} stacks them")
+    rank = sum(ranks) if how.name == STACKED else ranks[0]
+    scales = [p.scale(a) for p, a in zip(products, arguments, strict=True)]
+    made = {p: _product(p, found, scales, rank, how) for p, found in parts.items()}
+    layers = {"layers": arguments[0]["layers"]} if arguments[0].get("layers") is not None else {}
+    spec = {**products[0].plain(rank), "targets": [f"/{p}" for p in made], **layers}
+    return spec, {p: f._asdict() for p, f in made.items()}
+
+
+def _product(path: str, found: Mapping[int, Factors], scales: list[float], rank: int, how: How) -> Factors:
+    weights, own = [how.weights[i] for i in found], [scales[i] for i in found]
+    if how.name == STACKED:
+        return combine.stacked_ranks(
+            list(found.values()), [w * s for w, s in zip(weights, own, strict=True)], rank=rank
+        )
+    return combine.combined_factors(list(found.values()), own, weights, how.name, **how.options(path))
+
+
+def _plain(specs: Sequence[Any], starts: list[Any], train: list[Any], how: How) -> Any:
+    """Other arrays, as changes from where they began."""
+    start = _same(specs, starts, "start (their seeds)")
+    everyone = range(len(train))
+
+    def one(where: Any, first: Any, *ends: Any) -> Any:
+        path = next((k.key for k in where if str(k.key).startswith("layers/")), str(where[0].key))
+        return first + how.of(path, [x - first for x in ends], everyone)
+
+    return jax.tree.map_with_path(one, start, *train)
+
+
+def _same(specs: Sequence[Mapping[str, Any]], trees: list[Any], what: str) -> Any:
+    """The one tree that all of ``trees`` are. Raises ConfigError where they differ."""
+    first = trees[0]
+    if any(dict(s) != dict(specs[0]) for s in specs) or not all(equal(first, t) for t in trees):
+        found = ", ".join(str(dict(s)) for s in specs)
+        raise errors.ConfigError(
+            f"{specs[0]['name']}: the runs differ in what they are or in their {what} ({found}), so their arrays do "
+            "not combine; --of weights does, for methods that merge into the base"
+        )
+    return first
+
+
+def equal(a: Any, b: Any) -> bool:
+    """Whether two trees hold the same arrays under the same names."""
+    ours, theirs = adapter.named(a), adapter.named(b)
+    return ours.keys() == theirs.keys() and all(np.array_equal(x, theirs[k]) for k, x in ours.items())
+
+
+def of_weights(runs: list[artefact.Tuned], how: How, rank: int | None) -> Made:
+    """The changes that the runs made to the base, whatever made them, as task arithmetic, TIES and DARE speak of them.
+
+    Kept as whole values of what changed; where ``rank`` is given, kernels of the stack as products of that rank.
+
+    Raises:
+      NotLinear: a method that cannot be merged.
+    """
+    changes = [_changes(r) for r in runs]
+    base = joined(paths.flatten(runs[0].loaded.params), paths.segments(runs[0].loaded.params))
+    made = {}
+    for path in dict.fromkeys(p for c in changes for p in c):
+        taking = [i for i, c in enumerate(changes) if path in c]
+        made[path] = how.of(path, [changes[i][path] for i in taking], taking)
+    thin = {p for p in made if rank is not None and p.startswith("layers/") and p.endswith("kernel")}
+    out = Made([], [], [])
+    if thin and rank is not None:
+        product: Product = registry.find(PLAIN)[1].PRODUCT
+        out.specs.append({**product.plain(rank), "targets": [f"/{p}" for p in made if p in thin]})
+        out.train.append({p: combine.truncated(made[p], rank)._asdict() for p in made if p in thin})
+    whole = {p: jnp.asarray(base[p], jnp.float32) + x for p, x in made.items() if p not in thin}
+    if whole:
+        out.specs.append({"name": WHOLE, "targets": [f"/{p}" for p in whole]})
+        out.train.append(whole)
+    return out._replace(state=[{} for _ in out.specs])
+
+
+def _changes(run: artefact.Tuned) -> dict[str, jax.Array]:
+    """path -> how far the run moved it, of all that it moved; as if the stack were one segment."""
+    before = paths.flatten(run.loaded.params)
+    after = paths.flatten(run.parts.method.merge(run.base, run.train, run.state))
+    moved = {p for p, x in after.items() if x is not before[p]}
+    added = [p for p in moved if before[p] is None]
+    if added:
+        raise errors.ConfigError(
+            f"{run.parts.method.name} adds {added[0]}, which the base has not: combine --of adapters"
+        )
+    ends = {p.split("/", 2)[-1] for p in moved if p.startswith("layers/")}
+    touched = {p for p in before if p in moved or (p.startswith("layers/") and p.split("/", 2)[-1] in ends)}
+    differences = {p: after[p].astype(jnp.float32) - operators.dense(before[p]).astype(jnp.float32) for p in touched}
+    return joined({p: differences[p] for p in before if p in touched}, paths.segments(run.loaded.params))
+
+
+def joined(flat: Mapping[str, Any], segments: list[paths.Segment]) -> dict[str, Any]:
+    """Leaves by path with the stack's segments joined to one."""
+    out: dict[str, Any] = {p: x for p, x in flat.items() if not p.startswith("layers/")}
+    for rest in dict.fromkeys(p.split("/", 2)[-1] for p in flat if p.startswith("layers/")):
+        leaves = [flat[f"layers/{s.name}/{rest}"] for s in segments]
+        out[f"layers/0/{rest}"] = None if leaves[0] is None else jnp.concatenate(leaves)
+    return out
+
+
+def specs_of(config: schema.Config) -> list[dict[str, Any]]:
+    """The descriptions of a config's methods."""
+    return config.method if isinstance(config.method, list) else [config.method]
+
+
+def _part(run: artefact.Tuned, what: str, i: int) -> Any:
+    """Train, state or start of the i-th description of the run's methods; of all where one stands for a chain."""
+    if what == "start":
+        tree = run.parts.method.init(jax.random.key(run.parts.config.seed), run.loaded.params).train
+    else:
+        tree = getattr(run, what)
+    parts = run.parts.method.parts
+    return tree[f"{i}:{parts[i].name}"] if parts and len(parts) == len(specs_of(run.parts.config)) else tree

@@ -1,0 +1,88 @@
+"""`tunejax merge RUN RUN ... --output FOLDER`: the adapters of several runs on one base as one."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from tunejax.config import load, schema
+from tunejax.core import combine, errors, paths
+from tunejax.methods import registry
+from tunejax.recipes import adapter, artefact, combined, folder, runtime
+from tunejax.recipes.combined import STACKED, How, Made
+
+
+def main(args: argparse.Namespace) -> None:
+    """Writes a run folder that `generate`, `evaluate` and `export` read like any other.
+
+    Raises:
+      CheckpointError: the runs are of different bases.
+      ConfigError: they cannot be combined so; the message says what can.
+    """
+    output = folder.new(args.output)
+    how = settings(args)
+    runtime.begin()
+    runs = opened(args.runs)
+    made = combined.of_weights(runs, how, args.rank) if args.of == "weights" else combined.of_adapters(runs, how)
+    config = write(output, runs, made, {"runs": args.runs, "how": how.name, "weights": how.weights, "of": args.of})
+    print(f"{output}: {how.name} of {len(runs)} runs on {runs[0].parts.name}, kept as {_named(config)}")
+
+
+def settings(args: argparse.Namespace) -> How:
+    """The flags. Weights are 1 each, or 1 / runs where a plain sum would otherwise grow with their number."""
+    count = len(args.runs)
+    grows = args.how == STACKED or not combine.HOWS[args.how].elect
+    weights = args.weights or [1 / count if grows else 1.0] * count
+    combine.check("linear" if args.how == STACKED else args.how, count, weights, args.density)
+    if args.rank is not None and (args.of != "weights" or args.rank < 1):
+        raise errors.ConfigError("--rank N, at least 1, cuts what --of weights gives to products of that rank")
+    return How(args.how, weights, args.density, jax.random.key(args.seed))
+
+
+def opened(names: list[str], changes: list[str] | None = None) -> list[artefact.Tuned]:
+    """The runs, their base held once. Raises CheckpointError where it is not the same for all.
+
+    changes: overrides of each one's config.
+    """
+    runs: list[artefact.Tuned] = []
+    for name in names:
+        runs.append(artefact.open_run(name, changes, beside=runs[0] if runs else None))
+        first, base = runs[0].loaded.base, runs[-1].loaded.base
+        if base.digest != first.digest or runs[-1].parts.config.model.head != runs[0].parts.config.model.head:
+            raise errors.CheckpointError(
+                f"{name} is of {base.name} (digest {base.digest[:16]}) for {runs[-1].parts.config.objective.name}, and "
+                f"{names[0]} of {first.name} (digest {first.digest[:16]}) for {runs[0].parts.config.objective.name}; "
+                "runs combine on one base and objective"
+            )
+    return runs
+
+
+def write(output: Path, runs: list[artefact.Tuned], made: Made, about: dict[str, Any]) -> schema.Config:
+    """The run folder: the config of the first run with the methods that came out, the adapter, and what was merged."""
+    first = runs[0].parts
+    specs = made.specs if len(made.specs) > 1 else made.specs[0]
+    config = load.check({**first.config.model_dump(mode="json"), "method": specs, "output_dir": str(output)})
+    tokenize = lambda text: list(first.tokenizer(text)["input_ids"])  # noqa: E731
+    names = [registry.build(s, tokenize, adapter.trained).name for s in made.specs]
+    keys = [f"{i}:{n}" for i, n in enumerate(names)]
+    train, state = (v[0] if len(v) == 1 else dict(zip(keys, v, strict=True)) for v in (made.train, made.state))
+    heads = [{p: paths.get(r.loaded.params, p) for p in r.loaded.fresh} for r in runs]
+    trained = {p for tree in made.train for p in tree}
+    if not all(np.array_equal(h[p], heads[0][p]) for h in heads for p in heads[0] if p not in trained):
+        raise errors.ConfigError("the runs have heads of their own (of other seeds), which no sum can stand for")
+    info = {
+        "method": config.method, "name": "+".join(names), "head": config.model.head, "seed": config.seed, "step": 0,
+        "num_labels": first.model_config.num_labels, "labels": list(config.data.labels or []),
+    }  # fmt: skip
+    fresh = {p: x for p, x in heads[0].items() if p not in trained}
+    folder.begin(config)
+    adapter.save(output / "adapter", {"train": train, "state": state, "fresh": fresh}, runs[0].loaded.base, info)
+    folder.write_json(output / "summary.json", {"merged": about, "base": runs[0].loaded.base._asdict()})
+    return config
+
+
+def _named(config: schema.Config) -> str:
+    specs = combined.specs_of(config)
+    return " and ".join(f"{s['name']} of rank {s['rank']}" if "rank" in s else s["name"] for s in specs)
