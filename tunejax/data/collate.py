@@ -1,12 +1,27 @@
 """Examples to the arrays of a batch, in few static shapes."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 
 from tunejax.core import errors
 from tunejax.data.example import Example, Store
 from tunejax.data.packing import Bin
+
+
+class Beside(Protocol):
+    """Further arrays of an example, by name: (index) -> each [n, ...] for its n positions.
+
+    shapes: the shape and type of one position. digest: of all the values.
+    """
+
+    shapes: Mapping[str, tuple[tuple[int, ...], Any]]
+    digest: str
+
+    def __call__(self, index: int) -> Mapping[str, np.ndarray]:
+        """The arrays of one example."""
+        ...
 
 
 def default_buckets(max_length: int) -> tuple[int, ...]:
@@ -36,6 +51,7 @@ def collate(
     example: Callable[[int], Example] | None = None,
     prompt: Sequence[int] = (),
     labelled: bool = False,
+    beside: Beside | None = None,
 ) -> dict[str, np.ndarray]:
     """A batch, all [count, length]: tokens, targets, positions, segment_ids int32, loss_weights float32.
 
@@ -46,7 +62,8 @@ def collate(
       example: index -> the example as it is shown this time (masked), instead of the store's.
       prompt: ids before each piece, whose positions count from the first of them; their targets are 0, their weights
         0 and their token_types 0.
-      labelled: an example's first position carries its label: the prompt's first then does instead.
+      beside: what else goes where an example's tokens go, [count, length, ...] each; 0 elsewhere.
+      labelled: an example's first position carries its label (and what is beside): the prompt's first then does.
 
     token_types int32 is there where the store has them.
     """
@@ -55,6 +72,9 @@ def collate(
     batch["loss_weights"] = np.zeros((count, length), np.float32)
     if store.token_types is not None:
         batch["token_types"] = np.zeros((count, length), np.int32)
+    more = {} if beside is None else beside.shapes
+    for name, (shape, dtype) in more.items():
+        batch[name] = np.zeros((count, length, *shape), dtype)
     for r, pieces in enumerate(rows):
         at = 0
         for segment, (index, start, stop) in enumerate(pieces, 1):
@@ -65,10 +85,13 @@ def collate(
                 batch[name][here] = getattr(shown, name)[start:stop]
             if shown.token_types is not None:
                 batch["token_types"][here] = shown.token_types[start:stop]
+            for name, values in (beside(index) if beside else {}).items():
+                batch[name][here] = values[start:stop]
             batch["tokens"][r, at:begin] = prompt
             if labelled and prompt:
-                for name in ("targets", "loss_weights"):
-                    batch[name][r, at], batch[name][r, begin] = batch[name][r, begin], 0
+                for name in ("targets", "loss_weights", *more):
+                    batch[name][r, at] = batch[name][r, begin]
+                    batch[name][r, begin] = 0
             batch["positions"][r, at : at + size] = np.arange(size)
             batch["segment_ids"][r, at : at + size] = segment
             at += size

@@ -8,12 +8,15 @@ import jax
 import jax.numpy as jnp
 
 from tunejax.core import errors, paths
-from tunejax.core.model import Model
+from tunejax.core.model import AUXILIARY, Model
 from tunejax.core.paths import Params
 from tunejax.models import axes, decoder, encoder, stack, view
 from tunejax.models import cache as caches
 from tunejax.models.blueprint import blueprint
 from tunejax.models.config import ModelConfig
+
+ENTRANCE = "embedding"
+"""The tap of what enters the stack, [1, batch, length, embed]; the others are `stack.TAPS`."""
 
 
 def build(
@@ -65,8 +68,8 @@ def build(
         where = view.where(batch, stack.prefix_length(params["layers"]))
         cache = None if cache is None else caches.enter(cache, where)
         keys = (None, None) if key is None or config.dropout == 0.0 else jax.random.split(key)
-        ends = outer.merge({name: value for name, value in params.items() if name != "layers"})
-        x = constrain(ends.enter(batch, where, dtype, keys[0]), stack.HIDDEN_AXES)
+        ends = outer.merge({name: value for name, value in params.items() if name not in ("layers", AUXILIARY)})
+        x = entered = constrain(ends.enter(batch, where, dtype, keys[0]), stack.HIDDEN_AXES)
         x, layers, aux = stack.run(
             block,
             params["layers"],
@@ -74,10 +77,12 @@ def build(
             view.make(config, where, cache),
             cache=cache and cache["layers"],
             key=keys[1],
-            taps=taps,
+            taps=tuple(name for name in taps if name != ENTRANCE),
             remat=remat,
             constrain=constrain,
         )
+        if ENTRANCE in taps:
+            aux[ENTRANCE] = entered[None]
         if cache is not None:
             aux["cache"] = caches.leave(cache, layers, where.positions.shape[1])
         return ends.leave(x), aux

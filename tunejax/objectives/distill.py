@@ -1,10 +1,11 @@
-"""Distillation of logits: any objective, mixed with a teacher's distribution at the same positions.
+"""Distillation: any objective, mixed with a teacher's distribution at the same positions, and with its features.
 
-    alpha · objective + (1 - alpha) · T² · D(teacher at T, student at T)
+    alpha · objective + (1 - alpha) · logits · T² · D(teacher at T, student at T) + terms on features
 
 as Hinton et al. (2015, arXiv:1503.02531) mix them: T² keeps the gradient's size when T changes. The teacher runs in the
 same program, on the batch that the student saw (tokens hidden by masked_lm included), sharded by its own axes. Its
-logits exist for a chunk of positions at a time, as the student's do.
+logits exist for a chunk of positions at a time, as the student's do. Or it ran before, and its likeliest tokens are in
+the batch (`from_cache`).
 """
 
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from tunejax.core.method import Context
 from tunejax.core.model import Batch, Model
 from tunejax.core.objective import LossOutput, Objective
 from tunejax.core.paths import Params
-from tunejax.objectives import chunked, divergences
+from tunejax.objectives import chunked, divergences, features
 from tunejax.objectives.chunked import Given, Metrics
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "jensen_shannon", "total_variation", "decoupled")
@@ -28,6 +29,7 @@ class Options(NamedTuple):
     """What is common to every source of a teacher's distribution.
 
     alpha: weight of the wrapped objective, in [0, 1]; 0 leaves it out of the program.
+    logits: a factor on the divergence; 0 leaves it out, so that features alone teach.
     temperature: T > 0, of both sides.
     divergence: one of `DIVERGENCES`.
     beta: of jensen_shannon, in (0, 1); of decoupled, the weight of its second part.
@@ -36,6 +38,7 @@ class Options(NamedTuple):
     """
 
     alpha: float = 0.5
+    logits: float = 1.0
     temperature: float = 1.0
     divergence: str = "forward_kl"
     beta: float = 0.5
@@ -43,7 +46,13 @@ class Options(NamedTuple):
     chunk_size: int | None = None
 
 
-def make(objective: Objective, teacher: Model, params: Params, options: Options = Options()) -> Objective:
+def make(
+    objective: Objective,
+    teacher: Model,
+    params: Params,
+    options: Options = Options(),
+    terms: tuple[features.Term, ...] = (),
+) -> Objective:
     """``objective`` with a teacher in the same program.
 
     Args:
@@ -51,10 +60,12 @@ def make(objective: Objective, teacher: Model, params: Params, options: Options 
       teacher: its blueprint; its vocabulary (or labels) must be the student's, entry by entry.
       params: of the teacher.
       options: how they are mixed.
+      terms: losses between hidden states, beside; see `features`.
 
     Evaluation measures the wrapped objective alone; the teacher does not run.
 
-    Metrics: the objective's; "hard" its loss, "soft" the divergence (times T²); each a mean over its weights.
+    Metrics: the objective's; "hard" its loss, "soft" the divergence (times T²), each term by its name before its
+    weight; each a mean over its weights.
 
     Raises:
       ConfigError: an option out of range; (when traced) a vocabulary of another size.
@@ -64,8 +75,9 @@ def make(objective: Objective, teacher: Model, params: Params, options: Options 
     def loss(model: Model, params: Params, frozen: Params, batch: Batch, ctx: Context) -> LossOutput:
         if not ctx.train:  # so that losses of a run with a teacher and of one without can be compared
             return objective.loss(model, params, frozen["objective"], batch, ctx)
-        seen = Seen.by(objective, model, params, frozen["objective"], batch, ctx)
-        hidden = jax.lax.stop_gradient(teacher.hidden(frozen["teacher"], seen.batch)[0])
+        taps = tuple(dict.fromkeys(tap for term in terms for tap in term.taps))
+        seen = Seen.by(objective, model, params, frozen["objective"], batch, ctx, taps)
+        hidden, theirs = jax.lax.stop_gradient(teacher.hidden(frozen["teacher"], seen.batch, taps=taps))
         head = teacher.head(frozen["teacher"])
 
         def log_p(given: Given, count: int) -> jax.Array:
@@ -78,9 +90,61 @@ def make(objective: Objective, teacher: Model, params: Params, options: Options 
             return divergence(options, log_p(given, x.shape[-1]), log_q, given.rows[1]), {}
 
         given = Given((hidden, jnp.maximum(seen.batch["targets"], 0)), head)
-        return mixed(seen, options, model, params, rows, given, teacher.vocab_size)
+        total, weight, metrics = mixed(seen, options, model, params, rows, given, teacher.vocab_size)
+        return features.added((total, weight, metrics), terms, model, params, seen.batch, seen.aux, theirs)
 
     return Objective(f"{objective.name}+distill", {"objective": objective.frozen, "teacher": params}, loss)
+
+
+def from_cache(objective: Objective, options: Options = Options()) -> Objective:
+    """``objective`` with a teacher whose likeliest tokens are in the batch.
+
+    A batch has teacher_ids int32 and teacher_logprobs [batch, length, k], at the options' temperature, and teacher_tail
+    [batch, length], the log of the mass of all other tokens. The divergence is that between distributions over k + 1
+    buckets, the last of which is the tail; where k is the vocabulary there is none, and it is that of `make`. For
+    "decoupled" the target's bucket is the tail where it is not among the k.
+
+    Raises:
+      ConfigError: an option out of range.
+    """
+    check_options(options)
+
+    def loss(model: Model, params: Params, frozen: Params, batch: Batch, ctx: Context) -> LossOutput:
+        if not ctx.train:
+            return objective.loss(model, params, frozen, batch, ctx)
+        seen = Seen.by(objective, model, params, frozen, batch, ctx)
+
+        def rows(x: jax.Array, given: Given) -> tuple[jax.Array, Metrics]:
+            (ids, log_p, tail), targets = given.rows
+            log_p, log_q = bucketed(ids, log_p, tail, jax.nn.log_softmax(x / options.temperature, axis=-1))
+            hit = ids == targets[:, None]
+            bucket = jnp.where(jnp.any(hit, axis=-1), jnp.argmax(hit, axis=-1), ids.shape[-1])
+            return divergence(options, log_p, log_q, bucket), {}
+
+        cached = tuple(seen.batch[name] for name in ("teacher_ids", "teacher_logprobs", "teacher_tail"))
+        given = Given((cached, jnp.maximum(seen.batch["targets"], 0)))
+        return mixed(seen, options, model, params, rows, given)
+
+    return Objective(f"{objective.name}+distill", objective.frozen, loss)
+
+
+def bucketed(ids: jax.Array, log_p: jax.Array, tail: jax.Array, log_q: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Teacher's and student's log-probabilities of the tokens ``ids`` and of all others together.
+
+    Args:
+      ids, log_p: [rows, k] of the teacher. tail: [rows].
+      log_q: [rows, vocab] of the student.
+
+    Returns:
+      two of [rows, k + 1], or of [rows, k] where k is vocab: the log of an empty tail would be no number.
+    """
+    ours = jnp.take_along_axis(log_q, ids, axis=-1)
+    if ids.shape[-1] == log_q.shape[-1]:
+        return log_p, ours
+    # Summed over what is left: 1 less the mass of the k would lose a small tail to rounding.
+    among = jnp.zeros(log_q.shape, bool).at[jnp.arange(len(ids))[:, None], ids].set(True)
+    rest = jax.nn.logsumexp(jnp.where(among, -jnp.inf, log_q), axis=-1)
+    return jnp.concatenate([log_p, tail[:, None]], axis=-1), jnp.concatenate([ours, rest[:, None]], axis=-1)
 
 
 class Seen(NamedTuple):
@@ -129,6 +193,8 @@ def mixed(
 ) -> LossOutput:
     """alpha of the objective's loss and 1 - alpha of ``rows`` (per position, before T²), in sums."""
     hard, weight, metrics = seen.output
+    if not options.logits:
+        return options.alpha * hard, weight, {**metrics, "hard": hard}
     soft, _ = chunked.weighted_sum(
         chunked.differentiated(rows),
         model.logits,
@@ -140,7 +206,8 @@ def mixed(
         chunk_size=options.chunk_size,
     )
     soft = options.temperature**2 * soft
-    total = options.alpha * hard + (1 - options.alpha) * soft if options.alpha else soft
+    total = (1 - options.alpha) * options.logits * soft
+    total = options.alpha * hard + total if options.alpha else total
     return total, weight, {**metrics, "hard": hard, "soft": soft}
 
 
