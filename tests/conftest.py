@@ -26,6 +26,14 @@ def assets() -> Path:
     return folder
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _cache(tmp_path_factory):
+    """The compilation cache of whole commands goes to a folder of the tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TUNEJAX_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _programs_are_given_up():
     """What one file compiled is of no use to the next: kept, it grows to gigabytes."""

@@ -29,8 +29,8 @@ FLOORS = {
 }
 BANNED = {"jit", "grad", "value_and_grad", "scan", "vmap", "remat", "Optimizer", "LoRA", "LoRAParam", "LoRALinear"}
 METHODS = {*registry.NAMES, "lora", "qlora", "dora", "adalora", "ia3", "bitfit", "prefix_tuning", "houlsby", "pfeiffer"}
-COMMON_WORDS = {"full", "said"}
-"""Names of methods that are English too: a policy of rematerialisation, a mask, may be called so."""
+COMMON_WORDS = {"full", "said", "gated"}
+"""Names of methods that are English too: a policy of rematerialisation, a mask, an MLP may be called so."""
 
 
 def name_of(file: Path) -> str:

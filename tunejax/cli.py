@@ -46,6 +46,7 @@ def parser() -> argparse.ArgumentParser:
     config("train", "tune a model; the same command again resumes").add_argument(
         "--keys", action="store_true", help="list every config key with its default"
     )
+    config("compare", "tune a model by several methods and compare them; the same command again resumes")
     config("validate", "check config, files, model and targets without running")
     config("preprocess", "show rows as they will be trained on, and audit them").add_argument(
         "--rows", type=int, default=5, help="how many rows to show (default 5)"

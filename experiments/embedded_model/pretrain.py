@@ -47,7 +47,7 @@ CONFIG = ModelConfig(
         ("pad_token_id", tokenizer.PAD),
     ),
 )
-LENGTH, ROWS, STEPS, LEARNING_RATE, SEED = 128, 16, 2000, 3e-3, 0
+LENGTH, ROWS, STEPS, LEARNING_RATE, SEED = 128, 16, 3700, 3e-3, 0
 PROMPT_WEIGHT = 0.2
 """Prompts are mostly random words: most of the loss should be on what follows from them."""
 

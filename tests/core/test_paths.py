@@ -83,13 +83,14 @@ def test_select_empty_slots():
 
 
 @pytest.mark.parametrize(
-    ("text", "span"), [("-2:", (4, 6)), (":4", (0, 4)), ("3", (3, 4)), (-1, (5, 6)), ("1:3", (1, 3)), ((2, 6), (2, 6))]
-)
+    ("text", "span"), [("-2:", (4, 6)), (":4", (0, 4)), ("3", (3, 4)), (-1, (5, 6)), ("1:3", (1, 3)), ((2, 6), (2, 6)),
+     ("1/2:", (3, 6)), (":1/6", (0, 1)), ("1/6:5/6", (1, 5)), ("1/4:3/4", (2, 5)), ("1:1/3", (1, 2))],
+)  # fmt: skip
 def test_layer_range(text, span):
     assert paths.layer_range(text, 6) == span
 
 
-@pytest.mark.parametrize("text", ["", "a:", "9:", "4:2", "1:2:3", "6"])
+@pytest.mark.parametrize("text", ["", "a:", "9:", "4:2", "1:2:3", "6", "1/2", "1/0:", "1/9:1/8", "1.5:"])
 def test_layer_range_refuses(text):
     with pytest.raises(errors.ConfigError):
         paths.layer_range(text, 6)

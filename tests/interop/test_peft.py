@@ -381,3 +381,71 @@ def test_what_has_no_form_in_peft_is_refused(base, tmp_path):
             tmp_path / "out", ours.Tuned(spec, method, params, start.train, {}), config, head=head, base_name="x"
         )
     assert not (tmp_path / "out").exists()
+
+
+PROMPTS = {
+    "prompt_tuning": ({"name": "prompt_tuning", "length": 4}, "PROMPT_TUNING"),
+    "p_tuning": ({"name": "p_tuning", "length": 4, "hidden": 8}, "P_TUNING"),
+    "prefix_tuning": ({"name": "prefix_tuning", "length": 4, "project": True}, "PREFIX_TUNING"),
+    "p_tuning_v2": ({"name": "p_tuning_v2", "length": 4}, "PREFIX_TUNING"),
+}
+
+
+def prompted(config, head, method, params):
+    """Our logits of `TOKENS` after the method's virtual tokens."""
+    model = build.build(config, head=head, cuts=())
+    virtual = np.broadcast_to(np.arange(config.vocab_size, config.vocab_size + method.prompt), (2, method.prompt))
+    tokens = np.concatenate([virtual, TOKENS], axis=1).astype(np.int32)
+    logits = model.logits(model.head(params), model.hidden(params, full_batch(jnp.asarray(tokens)))[0])
+    return np.asarray(logits[:, method.prompt :])
+
+
+@pytest.mark.parametrize("kind", PROMPTS)
+def test_prompts_are_written_and_read_back(kind, tmp_path):
+    torch.manual_seed(0)
+    folder, head = tmp_path / "base", "lm"
+    llama().save_pretrained(folder)
+    config, (spec, peft_type) = hf.read_config(folder), PROMPTS[kind]
+    method, params = registry.build(spec), loaded(folder, head)
+    start = method.init(jax.random.key(0), params)
+    mine = prompted(config, head, method, method.bind(params, start.train, start.state, Context()))
+    tuned = ours.Tuned([spec], method, params, start.train, start.state)
+    ours.write(tmp_path / "adapter", tuned, config, head=head, base_name=str(folder))
+    theirs = peft.PeftModel.from_pretrained(their_model(folder, head), tmp_path / "adapter").eval()
+    assert theirs.peft_config["default"].peft_type == peft_type
+    np.testing.assert_allclose(their_logits(theirs)[:, -TOKENS.shape[1] :], mine, atol=1e-5, rtol=1e-5)
+    found, again, train, _ = read_arrays(tmp_path / "adapter", folder, head)
+    assert found.specs[0]["length"] == 4
+    np.testing.assert_allclose(prompted(config, head, again, again.bind(params, train, {}, Context())), mine, atol=1e-6)
+
+
+def test_theirs_with_a_prompt_is_read(tmp_path):
+    torch.manual_seed(0)
+    folder = tmp_path / "base"
+    llama().save_pretrained(folder)
+    options = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 5}
+    theirs = randomised(peft.get_peft_model(their_model(folder, "lm"), peft.PrefixTuningConfig(**options)))
+    theirs.save_pretrained(tmp_path / "adapter")
+    config, params = hf.read_config(folder), loaded(folder, "lm")
+    _, method, train, _ = read_arrays(tmp_path / "adapter", folder, "lm")
+    mine = prompted(config, "lm", method, method.bind(params, train, {}, Context()))
+    np.testing.assert_allclose(mine, their_logits(theirs)[:, -TOKENS.shape[1] :], atol=1e-5, rtol=1e-5)
+
+
+def test_a_prompt_that_does_not_fit_is_told(tmp_path):
+    folder = tmp_path / "base"
+    llama().save_pretrained(folder)
+    config, params = hf.read_config(folder), loaded(folder, "lm")
+    spec = {"name": "prefix_tuning", "length": 2, "layers": "-1:"}
+    method = registry.build(spec)
+    cut = loaded(folder, "lm", method.cuts(LAYERS))
+    start = method.init(jax.random.key(0), cut)
+    with pytest.raises(errors.ConfigError, match="in every layer"):
+        ours.write(tmp_path / "a", ours.Tuned([spec], method, cut, start.train, {}), config, head="lm", base_name="b")
+    both = [{"name": "prompt_tuning", "length": 2}, {"name": "lora", "rank": 2}]
+    method = registry.build(both)
+    start = method.init(jax.random.key(0), params)
+    with pytest.raises(errors.ConfigError, match="a prompt and lora"):
+        ours.write(tmp_path / "a", ours.Tuned(both, method, params, start.train, start.state), config, head="lm",
+                   base_name="b")  # fmt: skip
+    assert not (tmp_path / "a").exists()

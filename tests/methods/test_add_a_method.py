@@ -6,8 +6,10 @@ from pathlib import Path
 import jax
 import numpy as np
 import tiny
+import trains
 import yaml
 
+from tunejax.core import paths
 from tunejax.core.method import Context
 from tunejax.methods import lora, registry
 
@@ -18,12 +20,21 @@ def blocks(language):
     return re.findall(rf"```{language}\n(.*?)```", DOCUMENT.read_text(encoding="utf-8"), flags=re.S)
 
 
-def test_the_document(tmp_path, monkeypatch):
-    (code,), (config,) = blocks("python"), blocks("yaml")
+def built(i, name, folder, monkeypatch):
+    """The method of the document's example number ``i``."""
+    code, config = blocks("python")[i], blocks("yaml")[i]
     assert len([line for line in code.splitlines() if line.strip()]) <= 35
-    (tmp_path / "my_method.py").write_text(code, encoding="utf-8")
-    monkeypatch.chdir(tmp_path)
-    method = registry.build(yaml.safe_load(config)["method"])
+    (folder / name).write_text(code, encoding="utf-8")
+    monkeypatch.chdir(folder)
+    return registry.build(yaml.safe_load(config)["method"])
+
+
+def test_every_example_is_run():
+    assert len(blocks("python")) == len(blocks("yaml")) == 2
+
+
+def test_the_document(tmp_path, monkeypatch):
+    method = built(0, "my_method.py", tmp_path, monkeypatch)
 
     m, p = tiny.model(), tiny.params()
     start = method.init(jax.random.key(0), p)
@@ -35,3 +46,31 @@ def test_the_document(tmp_path, monkeypatch):
     np.testing.assert_allclose(bound, tiny.outputs(m, ours.bind(p, train, {}, Context())), atol=1e-5)
     np.testing.assert_allclose(bound, tiny.outputs(m, method.merge(p, train, {})), atol=1e-5)
     assert method.axes(m.axes, train) == ours.axes(m.axes, train)
+
+
+def test_the_example_with_state(tmp_path, monkeypatch):
+    method = built(1, "my_sparse.py", tmp_path, monkeypatch)
+    m, p, (q, v) = tiny.model(), tiny.params(), [f"layers/0/attention/{x}/kernel" for x in "qv"]
+    start = method.init(jax.random.key(0), p)
+    before = tiny.outputs(m, p)
+    np.testing.assert_array_equal(before, tiny.outputs(m, method.bind(p, start.train, start.state, Context())))
+
+    train = {path: jax.random.normal(jax.random.key(i), x.shape) for i, (path, x) in enumerate(start.train.items())}
+    kept = method.update(train, start.state, train, Context(step=3))
+    jax.tree.map(np.testing.assert_array_equal, kept, start.state)
+    state = method.update(train, start.state, train, Context(step=4))
+    for path, x in train.items():
+        mask, size = np.asarray(state["mask"][path]), np.abs(np.asarray(x))
+        assert mask.sum() == round(0.1 * size.size + 0.4)
+        assert size[mask].min() > size[~mask].max()
+
+    counted = {path: p["layers"]["0"]["attention"][path.split("/")[3]]["kernel"] + x * state["mask"][path]
+               for path, x in train.items()}  # fmt: skip
+    merged = method.merge(p, train, state)
+    np.testing.assert_allclose(paths.get(merged, q), counted[q], atol=1e-6)
+    np.testing.assert_allclose(paths.get(merged, v), counted[v], atol=1e-6)
+    total = jax.grad(lambda t: sum(x.sum() for x in jax.tree.leaves(method.bind(p, t, state, Context()))))(train)
+    assert all((x == 1).all() for x in total.values())
+    assert method.axes(m.axes, train)[q] == m.axes[q]
+    _, end = trains.run(method, steps=5, remat="none")
+    assert 0 < sum(int(x.sum()) for x in end.state["mask"].values()) < 0.12 * sum(x.size for x in train.values())

@@ -21,6 +21,8 @@ SPECS = {
     "fish": {"density": 0.1},
     "lt_sft": {"mask_steps": 1},
     "diff_pruning": {"mask_steps": 1},
+    "gated": {"method": {"name": "pfeiffer", "width": 4}, "reads": "output"},
+    "lst": {"reduction_factor": 2},
 }
 
 

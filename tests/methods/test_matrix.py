@@ -1,7 +1,10 @@
 """Every method on every family: five steps with falling loss, the same on one device and, with remat, on eight."""
 
+import dataclasses
 import itertools
 
+import branches
+import jax
 import numpy as np
 import pytest
 import tiny
@@ -13,6 +16,7 @@ FAMILIES = {"llama": tiny.LLAMA, "qwen3": tiny.QWEN3, "gpt2": tiny.GPT2, "bert":
 SPECS = {name: {"name": name} for name in registry.NAMES} | {
     "last_k": {"name": "last_k", "k": 1},
     "lora": {"name": "lora", "rank": 2, "dropout": 0.1},
+    "lora_plus": {"name": "lora_plus", "rank": 2, "ratio": 2.0},
     "quantize": [{"name": "quantize", "kind": "int8"}, {"name": "lora", "rank": 2}],
     "fish": {"name": "fish", "mask_steps": 1, "density": 0.1},
     "lt_sft": {"name": "lt_sft", "mask_steps": 2, "density": 0.2, "l1": 0.1, "targets": "mlp/**"},
@@ -21,7 +25,15 @@ SPECS = {name: {"name": name} for name in registry.NAMES} | {
     "oft": {"name": "oft", "block_size": 8},
     "boft": {"name": "boft", "block_size": 4, "factors": 2},
     "said": {"name": "said", "dim": 50, "targets": "attention/{q,v}/kernel"},
+    "mam": {"name": "mam", "length": 3, "hidden": 5, "width": 4},
+    "gated": {"name": "gated", "method": {"name": "lora", "rank": 2}},
+    "unipelt": {"name": "unipelt", "length": 3, "rank": 2, "width": 4},
+    "s4": {"name": "s4", "budget": 4},
+    "loftq": {"name": "loftq", "rank": 2},
+    "lst": {"name": "lst", "reduction_factor": 2},
 }
+DEPTH = {"s4": 4}
+"""Layers that a method needs."""
 SEARCH = {"fish": 1, "lt_sft": 2, "diff_pruning": 2}
 """Steps in which a method looks for its mask, and after which it begins again from the base."""
 
@@ -38,10 +50,19 @@ VARIANTS = {
 CASES = [(name, family) for name in SPECS for family in FAMILIES] + [(name, "llama") for name in VARIANTS]
 
 
+def fused(config):
+    """AdapterFusion of two adapters of different widths, moved off their start."""
+    p = tiny.params(config, "mlm" if config.kind == "encoder" else "lm")
+    parts = [registry.build({"name": "pfeiffer", "width": w}).init(jax.random.key(w), p).train for w in (2, 4)]
+    return {"name": "adapter_fusion", "adapters": [branches.noisy(x, 0.1) for x in parts]}
+
+
 @pytest.mark.parametrize(("name", "family"), CASES)
 def test_trains(name, family):
-    spec, search = {**SPECS, **VARIANTS}[name], SEARCH.get(name, 0)
-    options = {"steps": search + 5, "learning_rate": 1e-2, "config": FAMILIES[family]}
+    spec, search, config = {**SPECS, **VARIANTS}[name], SEARCH.get(name, 0), FAMILIES[family]
+    spec = fused(config) if name == "adapter_fusion" else spec
+    config = dataclasses.replace(config, num_layers=DEPTH.get(name, config.num_layers))
+    options = {"steps": search + 5, "learning_rate": 1e-2, "config": config}
     one, _ = trains.run(spec, remat="none", **options)
     eight, _ = trains.run(spec, remat="full", shape=(2, 2, 2), **options)
     assert all(b < a for a, b in itertools.pairwise(one[search:])), one

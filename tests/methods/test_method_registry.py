@@ -20,6 +20,12 @@ def mine(size: int, targets: str = "attention/q/kernel") -> Method:
 
 def not_one():
     return 3
+
+def preset(rank: int = 2):
+    return [{"name": "lora", "rank": rank}, "bitfit"]
+
+def around(inner: Method, size: int = 1):
+    return inner._replace(name=f"around_{inner.name}")
 """
 
 
@@ -96,6 +102,16 @@ def test_a_file_of_ones_own(tmp_path):
         registry.build({"name": f"{file}:mine"})
     with pytest.raises(errors.ConfigError, match="Did you mean 'mine'"):
         registry.build({"name": f"{file}:mne"})
+    assert [m.name for m in registry.build({"name": f"{file}:preset"}).parts] == ["lora", "bitfit"]
+    with pytest.raises(errors.ConfigError, match="rank is 0"):
+        registry.build({"name": f"{file}:preset", "rank": 0})
+    around = {"name": f"{file}:around", "inner": {"name": f"{file}:mine", "size": 3}}
+    assert registry.build(around).name == "around_mine"
+    assert registry.build({"name": f"{file}:around", "inner": around}).name == "around_around_mine"
+    assert registry.build({**around, "inner": "bitfit"}).name == "around_bitfit"
+    for wrong, said in ((3, "inner: expected"), ({"name": "lorra"}, "Did you mean 'lora'")):
+        with pytest.raises(errors.ConfigError, match=said):
+            registry.build({**around, "inner": wrong})
     with pytest.raises(errors.ConfigError, match="returned int"):
         registry.build({"name": f"{file}:not_one"})
     file.write_text("import nothing_of_that_name", encoding="utf-8")

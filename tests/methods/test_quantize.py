@@ -7,9 +7,9 @@ import pytest
 import tiny
 import trains
 
-from tunejax.core import errors, operators, paths
+from tunejax.core import errors, operators, paths, quantized
 from tunejax.core.method import Context, apply_edits
-from tunejax.methods import quantize, registry, report
+from tunejax.methods import registry, report
 from tunejax.models import build
 from tunejax.objectives import causal_lm
 from tunejax.train import optimizer, sharding, state, step
@@ -36,11 +36,11 @@ def rounded(kind, w, block):
     return out, ties
 
 
-@pytest.mark.parametrize("kind", quantize.KINDS)
+@pytest.mark.parametrize("kind", quantized.KINDS)
 @pytest.mark.parametrize(("fan_in", "block"), [(128, 64), (24, 24), (86, 43)])
 def test_values_are_those_of_the_formula(kind, fan_in, block):
     w = np.random.default_rng(0).standard_normal((3, fan_in, 5)).astype(np.float32)
-    made = quantize.encoded(kind, jnp.asarray(w), 64)
+    made = quantized.encoded(kind, jnp.asarray(w), 64)
     assert made.scales.shape == (3, fan_in // block, 5)
     assert made.shape == w.shape
     for layer in range(3):
@@ -65,7 +65,7 @@ def started(kind):
     return method, base, operators.densify(base), train
 
 
-@pytest.mark.parametrize("kind", quantize.KINDS)
+@pytest.mark.parametrize("kind", quantized.KINDS)
 def test_logits_and_gradients_are_those_above_the_decoded_base(kind):
     method, base, decoded, train = started(kind)
     model = tiny.model()
@@ -85,7 +85,7 @@ def test_logits_and_gradients_are_those_above_the_decoded_base(kind):
 
 
 def test_no_decoded_kernel_waits_for_the_backward_pass():
-    made = quantize.encoded("nf4", jnp.ones((64, 48)), 64)
+    made = quantized.encoded("nf4", jnp.ones((64, 48)), 64)
     _, pull = jax.vjp(lambda x: made(x), jnp.ones((4, 64)))
     kept = [x for x in jax.tree.leaves(pull) if jnp.issubdtype(x.dtype, jnp.floating)]
     assert all(x.size <= 64 for x in kept)
@@ -102,7 +102,7 @@ def test_the_compiled_step_takes_half_a_byte_a_parameter():
     one = step.make_step(model, method, causal_lm.make(), tuner, mesh=mesh)
     batch = one.put(trains.rows())
     found = one.lower(s, base, {}, batch).compile().memory_analysis().argument_size_in_bytes
-    quantised = [x for x in paths.flatten(base).values() if isinstance(x, quantize.Quantized)]
+    quantised = [x for x in paths.flatten(base).values() if isinstance(x, quantized.Quantized)]
     assert len(quantised) == 7
     kernels = sum(x.values.size for x in quantised)
     scales = sum(x.scales.nbytes for x in quantised)

@@ -34,6 +34,12 @@ def test_arrays_and_spec_come_back(saved):
     assert adapter.restore(found, "state", {"mask": jnp.zeros((2,), bool)})["mask"].all()
 
 
+def test_what_a_run_trained_is_read_as_the_methods_train(saved):
+    saved.rename(saved.parent / "adapter")
+    found = adapter.trained(str(saved.parent))
+    jax.tree.map(np.testing.assert_array_equal, found, {"0:x": {k: v for k, v in tree()["0:x"].items() if k != "none"}})
+
+
 def test_the_file_is_plain_safetensors(saved):
     names = safetensors.load_file(saved / adapter.ARRAYS)
     assert set(names) == {"train|0:x|layers/0/q/kernel|a", "train|0:x|layers/0/q/kernel|b", "state|mask"}

@@ -21,14 +21,6 @@ from tunejax.interop import hf
 from tunejax.recipes import adapter, artefact, train
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    """The compilation cache goes to a folder of the tests."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TUNEJAX_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """A world in which `tunejax train` has run once."""

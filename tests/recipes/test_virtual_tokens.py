@@ -19,11 +19,9 @@ METHOD = "method={name: prompt_tuning, num_virtual_tokens: 3, prompt_tuning_init
 def world(tmp_path_factory):
     """A run of prompt tuning, packed."""
     folder = tmp_path_factory.mktemp("world")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TUNEJAX_CACHE", str(tmp_path_factory.mktemp("cache")))
-        config = worlds.make(folder)
-        assert cli.main(["train", str(config), METHOD, "data.packing=true", "train.learning_rate=0.05"]) == 0
-        yield folder
+    config = worlds.make(folder)
+    assert cli.main(["train", str(config), METHOD, "data.packing=true", "train.learning_rate=0.05"]) == 0
+    return folder
 
 
 def test_a_run_trains_the_rows_alone(world):

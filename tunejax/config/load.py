@@ -128,12 +128,13 @@ def check(raw: dict[str, Any], origin: str = "config") -> schema.Config:
     except ValidationError as e:
         problems = e.errors()
     known = keys()
-    lines = [f"  {_explain(p, known)}" for p in problems]
+    lines = [f"  {explain(p, known)}" for p in problems]
     count = f"{len(lines)} problem{'s' if len(lines) > 1 else ''}"
     raise errors.ConfigError(f"{origin}: {count}\n" + "\n".join(dict.fromkeys(lines)))
 
 
-def _explain(problem: Any, known: list[str]) -> str:
+def explain(problem: Any, known: list[str]) -> str:
+    """One line about a problem that pydantic found; ``known`` are the keys that could have been meant."""
     name = ".".join(str(x) for x in problem["loc"]) or "config"
     kind, found = problem["type"], problem["input"]
     if kind == "extra_forbidden":

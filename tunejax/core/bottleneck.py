@@ -52,10 +52,15 @@ class Bottleneck:
 
     def __call__(self, x: jax.Array, bias: jax.Array | None = None) -> jax.Array:
         """x [..., in] -> [..., out]."""
+        h, change = self.parts(x, bias)
+        return h + change
+
+    def parts(self, x: jax.Array, bias: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+        """h, and what is added to it; each [..., out]."""
         h = operators.apply(self.base, x, bias)
         inner = activations.named(self.activation)(operators.apply(self.down, h, self.down_bias))
         change = self.scale * operators.apply(self.up, inner, self.up_bias)
-        return h + (change if self.on is None else change * self.on.astype(change.dtype))
+        return h, change if self.on is None else change * self.on.astype(change.dtype)
 
     def dense(self) -> jax.Array:
         """Raises NotLinear: an activation stands in it."""

@@ -5,9 +5,9 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from tunejax.core import errors, operators
+from tunejax.core import errors, operators, paths
 from tunejax.core.method import Start
-from tunejax.core.paths import Path
+from tunejax.core.paths import Params, Path
 
 
 def moved(name: str, leaves: Mapping[Path, Any]) -> Start:
@@ -30,3 +30,13 @@ def check_plain(name: str, leaves: Mapping[Path, Any]) -> None:
     integers = [p for p, x in leaves.items() if not jnp.issubdtype(x.dtype, jnp.floating)]
     if integers:
         raise errors.TargetError(f"{name} targets {integers[0]} of type {leaves[integers[0]].dtype}; it cannot train")
+
+
+def kernels(name: str, params: Params, targets: str | list[str]) -> dict[Path, Any]:
+    """The kernels that ``targets`` select, to be rewritten. Raises TargetError: what matched is no plain kernel."""
+    sites = paths.select(params, targets).leaves
+    check_plain(name, sites)
+    for path, kernel in sites.items():
+        if len(kernel.shape) < 2:
+            raise errors.TargetError(f"{name} targets {path} of shape {tuple(kernel.shape)}; it needs a kernel")
+    return sites

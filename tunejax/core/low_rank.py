@@ -54,8 +54,13 @@ class LowRank:
             out = summed(self.scale, x.reshape(-1, x.shape[-1]), self.base, self.a, self.b)
             out = out.reshape(*x.shape[:-1], -1)
             return out if bias is None else out + bias.astype(x.dtype)
+        h, change = self.parts(x, bias)
+        return h + change
+
+    def parts(self, x: jax.Array, bias: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+        """What the base gives, and what is added to it; each [..., out]."""
         narrow = project(drop(x, self.dropout, self.key), self.a)
-        return operators.apply(self.base, x, bias) + (self.scale * narrow) @ self.b.astype(x.dtype)
+        return operators.apply(self.base, x, bias), (self.scale * narrow) @ self.b.astype(x.dtype)
 
     def _summed(self, x: jax.Array) -> bool:
         """Whether one product with base + scale · a b is exact and cheaper than two: on the CPU, all in float32."""

@@ -150,8 +150,18 @@ def size(leaf: Leaf) -> int:
     return 0 if leaf is None else math.prod(getattr(leaf, "shape", ()))
 
 
+BOUND = r"-?\d+|\d+/[1-9]\d*"
+
+
+def _bound(text: str, depth: int) -> int:
+    part, _, whole = text.partition("/")
+    return (2 * int(part) * depth + int(whole)) // (2 * int(whole)) if whole else int(part)
+
+
 def layer_range(text: str | int | tuple[int, int], depth: int) -> tuple[int, int]:
     """(start, stop) of a slice of layers written as Python writes it: "6:", ":4", "-2:", "3", 3.
+
+    A bound may be a part of the depth, rounded to a whole layer: "1/2:" is the upper half.
 
     Raises:
       ConfigError: not of that form, or it selects no layer of a stack of ``depth``.
@@ -159,10 +169,10 @@ def layer_range(text: str | int | tuple[int, int], depth: int) -> tuple[int, int
     if isinstance(text, tuple):
         start, stop = text
     else:
-        found = re.fullmatch(r"\s*(-?\d+)?\s*(:)?\s*(-?\d+)?\s*", str(text))
-        if not found or (found[2] is None and found[1] is None):
-            raise errors.ConfigError(f"layers: {text!r} is not a slice such as '-2:', ':4' or '3:5'")
-        first, last = (int(x) if x is not None else None for x in (found[1], found[3]))
+        found = re.fullmatch(rf"\s*({BOUND})?\s*(:)?\s*({BOUND})?\s*", str(text))
+        if not found or (found[2] is None and (found[1] is None or "/" in found[1])):
+            raise errors.ConfigError(f"layers: {text!r} is not a slice such as '-2:', ':4', '3:5' or '1/2:'")
+        first, last = (_bound(x, depth) if x is not None else None for x in (found[1], found[3]))
         if found[2] is None:
             last = None if first == -1 else first + 1  # type: ignore[operator]
         start, stop, _ = slice(first, last).indices(depth)

@@ -56,7 +56,33 @@ class Form(NamedTuple):
     split: Callable[[Arrays, int, int], Arrays] | None = None
 
 
+class Prompt(NamedTuple):
+    """How HF PEFT keeps virtual tokens or a prefix: one matrix, whatever network made it while it trained.
+
+    peft_type: of adapter_config.json.
+    prefix:    whether the matrix holds keys and values of all layers; else rows of the embedding table.
+    rows:      (train of the method) -> [length, width]; with ``prefix`` the width is (layer, key or value, kv).
+    entries:   further entries of adapter_config.json.
+    """
+
+    peft_type: str
+    prefix: bool
+    rows: Callable[[Any], Any]
+    entries: Mapping[str, Any] = {}
+
+
 def form_of(module: ModuleType, name: str) -> Form | None:
     """The form of a method in that module, by its name or as "place:name"; None where it has none."""
+    declared = _declared(module, name)
+    return declared if isinstance(declared, Form) else None
+
+
+def prompt_of(module: ModuleType, name: str) -> Prompt | None:
+    """The same of a method that trains virtual tokens or a prefix."""
+    declared = _declared(module, name)
+    return declared if isinstance(declared, Prompt) else None
+
+
+def _declared(module: ModuleType, name: str) -> Any:
     declared = getattr(module, "PEFT", None)
     return declared.get(name.rpartition(":")[2]) if isinstance(declared, Mapping) else declared

@@ -67,10 +67,19 @@ class Prefix:
     """Keys and values that every query of a layer sees; each [..., n, kv], where kv = kv_heads · head_dim.
 
     Stands in the slot ``attention/prefix`` and unpacks as (key, value). The model counts positions from n on.
+    gate [..., embed], gate_bias [...]: make each query see the prefix as `strength` says; None: as any other key.
     """
 
     key: jax.Array
     value: jax.Array
+    gate: jax.Array | None = None
+    gate_bias: jax.Array | None = None
+
+    def strength(self, x: jax.Array) -> jax.Array | None:
+        """Attention's input x [batch, length, embed] -> log sigmoid(x gate + gate_bias) [batch, length], float32."""
+        if self.gate is None or self.gate_bias is None:
+            return None
+        return jax.nn.log_sigmoid(x.astype(jnp.float32) @ self.gate + self.gate_bias)
 
     def __iter__(self) -> Iterator[jax.Array]:
         return iter((self.key, self.value))

@@ -31,6 +31,11 @@ def gate(value: Any, branch: jax.Array) -> jax.Array:
     return branch if value is None else branch * value.astype(branch.dtype)
 
 
+def strength(prefix: Any, x: jax.Array) -> jax.Array | None:
+    """How much more or less than a key of the text each query of x [batch, length, embed] sees of the prefix."""
+    return prefix.strength(x) if operators.is_operator(prefix) else None
+
+
 class Where(NamedTuple):
     """Where each query or key stands: positions and segment_ids, each [batch, length]. Segment 0 is padding."""
 
@@ -68,6 +73,7 @@ def attention(
     causal: bool,
     window: int | None = None,
     prefix: tuple[jax.Array, jax.Array] | None = None,
+    strength: jax.Array | None = None,
     scale: float | None = None,
     seen: jax.Array | None = None,
 ) -> jax.Array:
@@ -81,6 +87,7 @@ def attention(
         segment must rise with the slots that they stand in.
       window: it sees at most this many positions back, itself included (sliding window).
       prefix: trained (key, value), each [prefix, kv_heads, head_dim], that every query sees.
+      strength: float32 [batch, queries], added to each query's scores of the prefix.
       scale: of the products; 1 / sqrt(head_dim) unless told.
       seen: the `mask`, or its `bias`, where the caller has made it once for all layers.
 
@@ -97,8 +104,10 @@ def attention(
         front = [jnp.broadcast_to(p.astype(key.dtype), (batch, *p.shape)) for p in prefix]
         before = front[0].shape[1]
         key, value = (jnp.concatenate(pair, axis=1) for pair in zip(front, (key, value), strict=True))
-        seen = jnp.concatenate([jnp.zeros((*seen.shape[:2], before), seen.dtype), seen], axis=2)
-    if jax.default_backend() != "cpu":
+        shape = (*seen.shape[:2], before)
+        scores = jnp.zeros(shape) if strength is None else jnp.broadcast_to(strength[..., None], shape)
+        seen = jnp.concatenate([scores.astype(seen.dtype), seen], axis=2)
+    if jax.default_backend() != "cpu" and strength is None:  # the fused kernels take a mask, no scores
         return _fused(query, key, value, seen, scale)
     if not ordered or queries < 2 * BLOCK:
         return _attend(query, key, value, seen, scale)

@@ -15,7 +15,7 @@ import numpy as np
 from tunejax.core import errors, operators, paths, portable
 from tunejax.core.method import SHARED, Method
 from tunejax.core.paths import Params
-from tunejax.interop import modules
+from tunejax.interop import modules, peft_prompts
 from tunejax.interop.modules import Place, Site
 from tunejax.methods import registry
 from tunejax.models.config import ModelConfig
@@ -49,8 +49,11 @@ def write(folder: Path, tuned: Tuned, config: ModelConfig, *, head: str, base_na
     from safetensors import numpy as safetensors
 
     places = modules.places(config, head)
-    adapters, whole = _parts(tuned)
-    tensors, settings = _adapter(adapters, places, tuned.base)
+    adapters, prompts, whole = _parts(tuned, config)
+    if len(prompts) > 1 or (prompts and adapters):
+        other = adapters[0].name if adapters else "another prompt"
+        raise errors.ConfigError(f"PEFT keeps one kind of adapter in a folder; here is a prompt and {other}")
+    tensors, settings = prompts[0] if prompts else _adapter(adapters, places, tuned.base)
     saved, kept = _modules(whole, places, tuned.base, head)
     both = [m for m in kept if any(k.startswith(f"{PREFIX}{m}.") for k in tensors)]
     if both:
@@ -78,10 +81,11 @@ class _Part(NamedTuple):
     shared: portable.Arrays
 
 
-def _parts(tuned: Tuned) -> tuple[list[_Part], dict[str, Any]]:
-    """The adapters of the chain, and the values by path that train whole."""
+def _parts(tuned: Tuned, config: ModelConfig) -> tuple[list[_Part], list[peft_prompts.Written], dict[str, Any]]:
+    """The adapters of the chain, its prompts as they are written, and the values by path that train whole."""
     methods = tuned.method.parts or (tuned.method,)
     adapters: list[_Part] = []
+    prompts: list[peft_prompts.Written] = []
     whole: dict[str, Any] = {}
     if len(methods) > len(tuned.specs):  # a name that stands for a chain
         raise errors.ConfigError(
@@ -91,8 +95,10 @@ def _parts(tuned: Tuned) -> tuple[list[_Part], dict[str, Any]]:
         key = f"{i}:{m.name}"
         train, state = (t[key] if tuned.method.parts else t for t in (tuned.train, tuned.state))
         name, arguments, module = registry.resolved(spec)
-        form = portable.form_of(module, name)
-        if form is not None:
+        form, prompt = portable.form_of(module, name), portable.prompt_of(module, name)
+        if prompt is not None:
+            prompts.append(peft_prompts.write(name, prompt, train, config))
+        elif form is not None:
             sites = {p: _host({**state.get(p, {}), **arrays}) for p, arrays in train.items()}
             shared = {**_host(state.get(SHARED, {})), **sites.pop(SHARED, {})}
             written = form.written(arguments, list(sites.values()))
@@ -101,9 +107,9 @@ def _parts(tuned: Tuned) -> tuple[list[_Part], dict[str, Any]]:
             whole.update(train)
         else:
             raise errors.ConfigError(f"PEFT has no method {name!r}. Export with --format hf where it merges")
-    if not adapters:
+    if not adapters and not prompts:
         raise errors.ConfigError(f"{tuned.method.name} has no adapter that PEFT knows; export with --format hf")
-    return adapters, whole
+    return adapters, prompts, whole
 
 
 def _adapter(

@@ -12,7 +12,7 @@ import numpy as np
 
 from tunejax.core import errors, operators, portable
 from tunejax.core.method import SHARED, Method
-from tunejax.interop import modules
+from tunejax.interop import modules, peft_prompts
 from tunejax.interop.modules import Place, Site
 from tunejax.interop.peft import CONFIG, PATTERNS, PREFIX, SHARED_PREFIX, WEIGHTS
 from tunejax.methods import registry
@@ -58,6 +58,8 @@ def read(folder: Path, config: ModelConfig, *, head: str) -> Found:
         tensor that has no place in this model; each is named.
     """
     found = settings(folder)
+    if found.get("peft_type") in peft_prompts.READ:
+        return _prompt(folder, found, config, head)
     name, form = _method(found)
     assert form.read is not None
     given = _arguments(name, found, form)
@@ -85,6 +87,33 @@ def read(folder: Path, config: ModelConfig, *, head: str) -> Found:
         specs.append({"name": "full", "targets": _globs(whole)})
         out.append({s: {"": x} for s, x in whole.items()})
     return Found(specs, str(found.get("base_model_name_or_path") or ""), out, _shared(folder, common, form))
+
+
+def _prompt(folder: Path, found: dict[str, Any], config: ModelConfig, head: str) -> Found:
+    """A folder of virtual tokens or of a prefix, perhaps with modules that trained whole."""
+    tensors = _tensors(folder)
+    spec, sites = peft_prompts.read(found, tensors, folder / WEIGHTS, config)
+    specs, arrays = [spec], [sites]
+    places = modules.places(config, head)
+    plain = {f"{PREFIX}{p.module}.{p.name}": (s, p) for s, p in places.items()}
+    strange = [k for k in tensors if k not in plain and k != peft_prompts.KEY]
+    if strange:
+        raise errors.CheckpointError(f"{folder / WEIGHTS}: {strange[0]!r} has no place in this {config.family} model")
+    whole = {plain[k][0]: x.T if plain[k][1].transpose else x for k, x in tensors.items() if k in plain}
+    if whole:
+        specs.append({"name": "full", "targets": _globs(whole)})
+        arrays.append({s: {"": x} for s, x in whole.items()})
+    return Found(specs, str(found.get("base_model_name_or_path") or ""), arrays)
+
+
+def _tensors(folder: Path) -> dict[str, np.ndarray]:
+    from safetensors import SafetensorError
+    from safetensors import numpy as safetensors
+
+    try:
+        return dict(safetensors.load_file(folder / WEIGHTS))
+    except (OSError, SafetensorError) as e:
+        raise errors.CheckpointError(f"{folder / WEIGHTS} cannot be read: {e}") from None
 
 
 def _shared(folder: Path, tensors: Mapping[str, np.ndarray], form: portable.Form) -> dict[str, np.ndarray]:
@@ -218,13 +247,7 @@ def _sorted(folder: Path, config: ModelConfig, head: str, form: portable.Form) -
     Raises:
       CheckpointError: tensors that are none of these.
     """
-    from safetensors import SafetensorError
-    from safetensors import numpy as safetensors
-
-    try:
-        tensors = safetensors.load_file(folder / WEIGHTS)
-    except (OSError, SafetensorError) as e:
-        raise errors.CheckpointError(f"{folder / WEIGHTS} cannot be read: {e}") from None
+    tensors = _tensors(folder)
     places = modules.places(config, head)
     plain = {f"{p.module}.{p.name}": (s, p) for s, p in places.items()}
     kernels: dict[str, dict[Site, Place]] = {}

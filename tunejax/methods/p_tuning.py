@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from tunejax.core import errors, prompts
+from tunejax.core import errors, portable, prompts
 from tunejax.core import method as methods
 from tunejax.core.method import Context, Method
 
@@ -132,3 +132,7 @@ def lstm(x: jax.Array, w_x: jax.Array, w_h: jax.Array, b: jax.Array) -> jax.Arra
 def flatten(train: Mapping[str, Mapping[str, jax.Array]]) -> dict[str, Any]:
     """The rows alone, once the network has made them: the ``train`` of prompt tuning, to save or serve."""
     return {path: {"rows": encode(arrays)} for path, arrays in train.items()}
+
+
+PEFT = portable.Prompt("P_TUNING", False, lambda train: flatten(train)[prompts.TABLE.strip("/")]["rows"])
+"""Its form in PEFT, which keeps the rows that the network made, and not the network."""

@@ -70,8 +70,13 @@ class Joined:
 
     def __call__(self, x: jax.Array, bias: jax.Array | None = None) -> jax.Array:
         """x [..., in + width] -> [..., out]."""
+        h, change = self.parts(x, bias)
+        return h + change
+
+    def parts(self, x: jax.Array, bias: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+        """What the base gives, and what is added to it; each [..., out]."""
         x, inner = jnp.split(x, [self.base.shape[-2]], axis=-1)
-        return operators.apply(self.base, x, bias) + self.scale * operators.apply(self.up, inner, self.up_bias)
+        return operators.apply(self.base, x, bias), self.scale * operators.apply(self.up, inner, self.up_bias)
 
     def dense(self) -> jax.Array:
         """Raises NotLinear: the model has no room for a wider kernel."""

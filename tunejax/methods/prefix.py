@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from tunejax.core import errors, paths, prompts
+from tunejax.core import errors, paths, portable, prompts
 from tunejax.core import method as methods
 from tunejax.core.method import Axes, Context, Method, Start
 from tunejax.core.paths import Params, Path
@@ -42,7 +42,7 @@ def prefix_tuning(
     init: str = "random",
     layers: str | int | None = None,
 ) -> Method:
-    """Trains keys and values before those of the text, in every layer.
+    """Trains keys and values before those of the text, in every layer (arXiv:2101.00190).
 
     Args:
       length: how many.
@@ -67,7 +67,7 @@ def prefix_tuning(
 
 
 def p_tuning_v2(length: int = 20, init: str = "random", layers: str | int | None = None) -> Method:
-    """Deep prompts of P-tuning v2: trained keys and values in every layer, without an MLP; see `prefix_tuning`."""
+    """Trains keys and values in every layer without an MLP (arXiv:2110.07602); otherwise `prefix_tuning`."""
     return prefix_tuning(length, init=init, layers=layers)._replace(name="p_tuning_v2")
 
 
@@ -161,3 +161,15 @@ def _axes(model_axes: Mapping[Path, Axes], train: Mapping[str, Any]) -> dict[str
         return (layer, *(None,) * (len(x.shape) - 2), kv)
 
     return {p: {n: of(p, x) for n, x in arrays.items()} for p, arrays in train.items()}
+
+
+def _pairs(train: Mapping[str, Any]) -> jax.Array:
+    """The pairs of all layers as PEFT keeps them: [length, layers · 2 · kv]."""
+    made = flatten(train)
+    stack = sorted(made, key=lambda p: int(p.split("/")[1]))
+    key, value = (jnp.concatenate([made[p][n] for p in stack]) for n in PAIR)
+    return jnp.stack([key, value], axis=1).transpose(2, 0, 1, 3).reshape(key.shape[1], -1)
+
+
+PEFT = portable.Prompt("PREFIX_TUNING", True, _pairs, {"prefix_projection": False})
+"""Its form in PEFT, which keeps the pairs that the network made, and not the network."""

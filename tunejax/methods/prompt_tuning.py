@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from tunejax.core import errors, prompts, sites
+from tunejax.core import errors, portable, prompts, sites
 from tunejax.core import method as methods
 from tunejax.core.method import Context, Method
 
@@ -26,6 +26,10 @@ TEXTS = ("init_text",)
 
 INITS = {"random": "random", "vocab": "vocab", "sample_vocab": "vocab", "text": "text"}
 """Name of a start, PEFT's among them -> name here."""
+
+
+PEFT = portable.Prompt("PROMPT_TUNING", False, lambda train: train[prompts.TABLE.strip("/")]["rows"])
+"""Its form in PEFT."""
 
 
 def prompt_tuning(

@@ -48,6 +48,13 @@ NAMES: dict[str, str] = {
     "p_tuning": "tunejax.methods.p_tuning:p_tuning",
     "prefix_tuning": "tunejax.methods.prefix:prefix_tuning",
     "p_tuning_v2": "tunejax.methods.prefix:p_tuning_v2",
+    "mam": "tunejax.methods.mam:mam",
+    "gated": "tunejax.methods.gated:gated",
+    "unipelt": "tunejax.methods.unipelt:unipelt",
+    "s4": "tunejax.methods.s4:s4",
+    "loftq": "tunejax.methods.loftq:loftq",
+    "lst": "tunejax.methods.lst:lst",
+    "adapter_fusion": "tunejax.methods.fusion:adapter_fusion",
 }
 """Name in a config -> where its factory lies."""
 
@@ -76,15 +83,18 @@ MODULES: dict[str, list[str]] = {
 def build(
     specs: Mapping[str, Any] | str | Sequence[Mapping[str, Any] | str],
     tokenize: Callable[[str], list[int]] | None = None,
+    load: Callable[[str], Any] | None = None,
 ) -> Method:
     """The method that a config describes: ``{name: lora, rank: 8}``, or a list of such to chain, first first.
 
     A name is one of `NAMES`, "path/to/file.py:function" or "package.module:function"; the other keys are the
-    function's arguments. PEFT's spellings are accepted where a method knows them.
+    function's arguments. An argument that is a method itself is described likewise. The function returns a `Method`,
+    or, as a preset, a list of descriptions. PEFT's spellings are accepted where a method knows them.
 
     Args:
       specs: as above.
       tokenize: text -> ids, for arguments that a method takes as token ids (its module's TEXTS).
+      load: folder of a finished run -> what it trained, for arguments that are lists of these (its module's LOADED).
 
     Raises:
       ConfigError: unknown name, unknown or missing argument, wrong type: with what was found and the nearest choice.
@@ -92,14 +102,16 @@ def build(
     listed = [specs] if isinstance(specs, Mapping | str) else list(specs)
     if not listed:
         raise errors.ConfigError(f"method: the list is empty; name at least one of {', '.join(NAMES)}")
-    return methods.chain(*(_one(s, tokenize) for s in listed))
+    return methods.chain(*(_one(s, tokenize, load) for s in listed))
 
 
-def _one(spec: Mapping[str, Any] | str, tokenize: Callable[[str], list[int]] | None) -> Method:
-    name, factory, given, _ = _called(spec, tokenize)
+def _one(spec: Mapping[str, Any] | str, tokenize: Callable | None, load: Callable | None) -> Method:
+    name, factory, given, _ = _called(spec, tokenize, load)
     made = factory(**given)
+    if isinstance(made, list):  # a preset: a method that is a chain of others
+        return build(made, tokenize, load)
     if not isinstance(made, Method):
-        raise errors.ConfigError(f"method {name!r}: the function returned {type(made).__name__}, not a Method")
+        raise errors.ConfigError(f"method {name!r}: the function returned {type(made).__name__}, no Method and no list")
     return made
 
 
@@ -111,7 +123,7 @@ def resolved(spec: Mapping[str, Any] | str) -> tuple[str, dict[str, Any], Module
 
 
 def _called(
-    spec: Mapping[str, Any] | str, tokenize: Callable[[str], list[int]] | None = None
+    spec: Mapping[str, Any] | str, tokenize: Callable | None = None, load: Callable | None = None
 ) -> tuple[str, Callable[..., Method], dict[str, Any], ModuleType]:
     """(name, factory, checked arguments, module)."""
     spec = {"name": spec} if isinstance(spec, str) else dict(spec)
@@ -123,7 +135,25 @@ def _called(
     for key in getattr(module, "TEXTS", ()):
         if tokenize is not None and isinstance(given.get(key), str):
             given[key] = tokenize(given[key])
+    for key in getattr(module, "LOADED", ()):
+        if load is not None and isinstance(given.get(key), list):
+            given[key] = [load(x) if isinstance(x, str) else x for x in given[key]]
+    for key in nested(factory):
+        if isinstance(given.get(key), Mapping | str | list):
+            given[key] = build(given[key], tokenize, load)
     return name, factory, arguments(name, factory, given), module
+
+
+def nested(factory: Callable[..., Any]) -> list[str]:
+    """The arguments of a factory that are methods themselves: a config gives their descriptions."""
+    return [k for k, hint in _hints(factory).items() if hint is Method and k != "return"]
+
+
+def _hints(factory: Callable[..., Any]) -> dict[str, Any]:
+    try:
+        return typing.get_type_hints(factory)
+    except NameError:
+        return {}  # annotations of a user's file that cannot be resolved: its own code will judge
 
 
 def find(name: str) -> tuple[Callable[..., Method], ModuleType]:
@@ -189,15 +219,12 @@ def arguments(name: str, factory: Callable[..., Any], given: Mapping[str, Any]) 
     Raises:
       ConfigError: every unknown, missing or ill-typed argument, in one message.
     """
-    from pydantic import ConfigDict, ValidationError, create_model
+    from pydantic import ConfigDict, InstanceOf, ValidationError, create_model
 
     parameters = inspect.signature(factory).parameters
     open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     named = {k: p for k, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-    try:
-        hints = typing.get_type_hints(factory)
-    except NameError:
-        hints = {}  # annotations of a user's file that cannot be resolved: its own code will judge
+    hints = {k: InstanceOf[Method] if hint is Method else hint for k, hint in _hints(factory).items()}
     fields: dict[str, Any] = {
         f"arg_{k}": (hints.get(k, Any), ... if p.default is p.empty else p.default) for k, p in named.items()
     }

@@ -86,7 +86,8 @@ def _sizes(train: Any, flat: Mapping[Path, Any]) -> dict[Path, int]:
         return {}
     out: dict[Path, int] = {}
     for key, value in train.items():
-        out.update({key: _count(value)} if key in flat else _sizes(value, flat))
+        for path, count in ({key: _count(value)} if key in flat else _sizes(value, flat)).items():
+            out[path] = out.get(path, 0) + count
     return out
 
 

@@ -18,6 +18,7 @@ TABLE: tuple[tuple[str, Axes], ...] = (
     ("attention/{q_norm,k_norm}/scale", (None,)),
     ("attention/prefix", (None, "kv")),
     ("/layers/*/gate", ()),
+    ("/ladder", ()),
     ("pooler/kernel", ("embed", None)),
     ("mlm/dense/kernel", ("embed", None)),
     ("/{pooler,mlm/dense}/bias", (None,)),

@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 
 from tunejax.core import errors, paths
+from tunejax.core.ladder import SLOT
 from tunejax.core.model import AUXILIARY, Model
 from tunejax.core.paths import Params
-from tunejax.models import axes, decoder, encoder, stack, view
+from tunejax.models import axes, decoder, encoder, ladder, stack, view
 from tunejax.models import cache as caches
 from tunejax.models.blueprint import blueprint
 from tunejax.models.config import ModelConfig
@@ -55,7 +56,7 @@ def build(
 
     def init(key: Any) -> Params:
         outer_key, stack_key = jax.random.split(key)
-        return {**outer.init(outer_key), "layers": stack.init(block, sizes, stack_key)}
+        return {**outer.init(outer_key), "layers": stack.init(block, sizes, stack_key), SLOT: None}
 
     def hidden(
         params: Params,
@@ -68,21 +69,29 @@ def build(
         where = view.where(batch, stack.prefix_length(params["layers"]))
         cache = None if cache is None else caches.enter(cache, where)
         keys = (None, None) if key is None or config.dropout == 0.0 else jax.random.split(key)
-        ends = outer.merge({name: value for name, value in params.items() if name not in ("layers", AUXILIARY)})
-        x = entered = constrain(ends.enter(batch, where, dtype, keys[0]), stack.HIDDEN_AXES)
+        ends = outer.merge({name: value for name, value in params.items() if name not in ("layers", SLOT, AUXILIARY)})
+        first = constrain(ends.enter(batch, where, dtype, keys[0]), stack.HIDDEN_AXES)
+        made, beside = view.make(config, where, cache), params.get(SLOT)
         x, layers, aux = stack.run(
             block,
             params["layers"],
-            x,
-            view.make(config, where, cache),
+            first,
+            made,
             cache=cache and cache["layers"],
             key=keys[1],
-            taps=tuple(name for name in taps if name != ENTRANCE),
+            taps=tuple(name for name in (*taps, *(() if beside is None else ("hidden",))) if name != ENTRANCE),
             remat=remat,
             constrain=constrain,
         )
+        if beside is not None:
+            own = cache and (cache.get(SLOT) or ladder.empty(config, beside, cache["layers"]))
+            added, own = ladder.run(
+                block_type, config, beside, first, aux["hidden"], made, cache=own, remat=remat, constrain=constrain
+            )
+            x, aux = x + added, {name: aux[name] for name in taps if name != ENTRANCE}
+            cache = cache and {**cache, SLOT: own}
         if ENTRANCE in taps:
-            aux[ENTRANCE] = entered[None]
+            aux[ENTRANCE] = first[None]
         if cache is not None:
             aux["cache"] = caches.leave(cache, layers, where.positions.shape[1])
         return ends.leave(x), aux

@@ -128,6 +128,7 @@ class Attention(nnx.Module):
             causal=view.causal,
             window=c.sliding_window,
             prefix=prefix and tuple(p.reshape(len(p), -1, c.head_dim) for p in prefix),
+            strength=sites.strength(prefix, x),
             seen=view.seen,
         )
         return self.o(out.reshape(*x.shape[:2], -1)), cache, taps

@@ -98,7 +98,7 @@ def run(
         tapped["hidden"] = x
         return x, (layer_cache, {name: tapped[name] for name in taps})
 
-    body = _checkpointed(body, remat)
+    body = checkpointed(body, remat)
     new_cache: dict[str, Any] = {}
     tapped: list[dict[str, jax.Array]] = []
     start = 0
@@ -112,7 +112,8 @@ def run(
     return x, new_cache if cache is not None else {}, joined
 
 
-def _checkpointed(body: Callable, remat: str) -> Callable:
+def checkpointed(body: Callable, remat: str) -> Callable:
+    """``body`` of a scan, computed again in the backward pass as `REMAT` says. Raises ConfigError for no policy."""
     if remat not in REMAT:
         raise errors.ConfigError(f"remat: {remat!r} is not a policy. {errors.did_you_mean(remat, REMAT)}")
     return body if remat == "none" else jax.checkpoint(body, policy=REMAT[remat], prevent_cse=False)

@@ -80,6 +80,19 @@ def read(folder: Path) -> Adapter:
     return Adapter(arrays, base, spec)
 
 
+def trained(run: str) -> dict[str, Any]:
+    """What a finished run trained, as its method's ``train``. run: its folder. Raises CheckpointError as `read`."""
+    out: dict[str, Any] = {}
+    for name, array in read(Path(run) / "adapter").arrays.items():
+        tree, *keys = name.split("|")
+        node = out
+        for key in keys[:-1] if tree == "train" else ():
+            node = node.setdefault(key, {})
+        if tree == "train":
+            node[keys[-1]] = array
+    return out
+
+
 def check_base(adapter: Adapter, base: Base) -> None:
     """Raises CheckpointError, naming both, where the adapter belongs to another base."""
     if adapter.base.digest != base.digest:

@@ -85,7 +85,7 @@ def opened(config: schema.Config, method: Method | None = None) -> Opened:
             f"the tokenizer has {len(tokenizer)} tokens and the model {found.vocab_size}: it belongs to another model"
         )
     if method is None:
-        method = registry.build(config.method, lambda text: list(tokenizer(text)["input_ids"]))
+        method = registry.build(config.method, lambda text: list(tokenizer(text)["input_ids"]), adapter.trained)
     shape = model_shape(config, with_layers(config, found), None)
     if config.data.max_length + method.prefix > found.max_positions:
         raise errors.ConfigError(

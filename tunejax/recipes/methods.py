@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from tunejax.core import errors, portable, table
 from tunejax.core.method import Method, Start, chain
@@ -23,6 +24,8 @@ PAPER = re.compile(r"arXiv:\s*(\d{4}\.\d{4,5})")
 CITATION = re.compile(r" \([^()]*arXiv:[^()]*\)")
 PARTNER = {"name": "lora"}
 """The method that the others are tried with."""
+TRAINED = {"name": "pfeiffer", "width": 1}
+"""What earlier runs trained, for a method that uses such."""
 
 
 class Row(NamedTuple):
@@ -89,7 +92,7 @@ def _row(name: str) -> Row:
     method = example(name)
     shapes, start = _begun(method)
     paper = PAPER.search(opening) or PAPER.search((module.__doc__ or "").partition("\n\n")[0])
-    form = portable.form_of(module, name)
+    form = portable.form_of(module, name) or portable.prompt_of(module, name)
     counts = table.table(shapes, start.train, start.edits)
     mask = start.state.get("mask") if isinstance(start.state, Mapping) else None
     kept = sum(x.size for x in jax.tree.leaves(mask)) * (parameters["density"].default if mask else 1.0)
@@ -107,10 +110,19 @@ def _row(name: str) -> Row:
 
 
 def example(name: str) -> Method:
-    """The method with its defaults; a required number is 1."""
-    parameters = inspect.signature(registry.find(name)[0]).parameters
-    required = {k: 1 for k, p in parameters.items() if p.default is p.empty}
+    """The method with its defaults; a required number is 1, a method `PARTNER`, what runs trained `TRAINED`."""
+    factory, module = registry.find(name)
+    special: dict[str, Any] = {k: [_zeros(), _zeros()] for k in getattr(module, "LOADED", ())}
+    special |= dict.fromkeys(registry.nested(factory), PARTNER)
+    parameters = inspect.signature(factory).parameters
+    required = {k: special.get(k, 1) for k, p in parameters.items() if p.default is p.empty}
     return registry.build({"name": name, **required})
+
+
+@functools.cache
+def _zeros() -> Any:
+    shapes = _begun(registry.build(TRAINED))[1].train
+    return jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
 
 
 def _composes(method: Method) -> str:

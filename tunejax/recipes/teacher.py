@@ -34,7 +34,9 @@ def beside(parts: assemble.Parts, base: Params) -> assemble.Parts:
 
 def _itself(parts: assemble.Parts, base: Params) -> tuple[Model, Params]:
     """The base as a teacher; it does not see the student's virtual tokens."""
-    holes = [p for p, x in paths.flatten(base).items() if x is None and parts.model.axes.get(p) and _needed(parts, p)]
+    flat = paths.flatten(base)
+    shapes = paths.flatten(jax.eval_shape(parts.model.init, jax.random.key(0)))
+    holes = [p for p, x in shapes.items() if x is not None and flat.get(p) is None]  # an empty slot is no hole
     if holes:
         raise errors.ConfigError(
             f"distill.teacher is 'base', and {parts.method.name} trains {holes[0]} itself, so no base is left: "
@@ -46,12 +48,6 @@ def _itself(parts: assemble.Parts, base: Params) -> tuple[Model, Params]:
         return model.hidden(params, without_prompt(batch, model.vocab_size, parts.method.prompt), **options)
 
     return model._replace(hidden=hidden), base
-
-
-def _needed(parts: assemble.Parts, path: str) -> bool:
-    """Whether the model has an array there before any method: an empty slot is no hole."""
-    shapes = paths.flatten(jax.eval_shape(parts.model.init, jax.random.key(0)))
-    return shapes.get(path) is not None
 
 
 def without_prompt(batch: Batch, vocab_size: int, prompt: int) -> dict[str, Any]:

@@ -104,9 +104,13 @@ def run(config: schema.Config) -> dict[str, Any]:
         "skipped_updates": int(result.state.nonfinite[1]),
         "trained_parameters": counts.trained,
         "all_parameters": counts.total + counts.added,
+        "optimizer_bytes": sum(x.nbytes for x in jax.tree.leaves(result.state.opt_state)),
         "base": loaded.base._asdict(),
         "rows": data.counts(),
     }
+    if config.evaluation.step_memory:
+        batch = one.put(next(iter(rows.loaders(config, data, sizes, parts.tokenizer).train)))
+        summary["step_bytes"] = one.memory(result.state, base, parts.objective.frozen, batch)
     if jax.process_index():
         return summary
     plots.loss(

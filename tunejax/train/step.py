@@ -49,6 +49,12 @@ class Step:
         with jax.set_mesh(self.mesh):
             return self._evaluate(state.train, state.state, base, frozen, batch)
 
+    def memory(self, state: TrainState, base: Params, frozen: Params, batch: Batch) -> int:
+        """Bytes of the compiled step on one device: its arguments, what it returns anew, and what lies between."""
+        found = self.lower(state, base, frozen, batch).compile().memory_analysis()
+        new = found.output_size_in_bytes - found.alias_size_in_bytes
+        return int(found.argument_size_in_bytes + new + found.temp_size_in_bytes)
+
     def put(self, batch: Any) -> dict[str, jax.Array]:
         """This process's rows as the global batch on the mesh."""
         return sharding.put_batch(batch, self.mesh)

@@ -16,14 +16,6 @@ from tunejax.core import paths
 from tunejax.recipes import artefact
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    """The compilation cache goes to a folder of the tests."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TUNEJAX_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """A world with a finished run, the teacher."""

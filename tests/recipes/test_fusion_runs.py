@@ -1,0 +1,38 @@
+"""AdapterFusion from a config: the adapters of runs before it are read from their folders and kept with the new one."""
+
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import yaml
+
+sys.path.insert(0, str(Path(__file__).parent))
+import worlds
+
+from tunejax import cli
+from tunejax.methods import fusion
+from tunejax.recipes import adapter, artefact
+
+
+def test_two_runs_and_what_fuses_them(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TUNEJAX_CACHE", str(tmp_path / "cache"))
+    path = worlds.make(tmp_path)
+    raw = yaml.safe_load(path.read_text())
+    del raw["data"]["eval_path"]
+    raw["train"] |= {"max_steps": 2, "learning_rate": 0.05}
+
+    def run(name, method):
+        path.write_text(yaml.safe_dump({**raw, "output_dir": str(tmp_path / name), "method": method}))
+        return cli.main(["train", str(path)])
+
+    for width in (2, 3):
+        assert run(f"width{width}", {"name": "pfeiffer", "width": width}) == 0
+    folders = [str(tmp_path / f"width{w}") for w in (2, 3)]
+    assert run("fused", {"name": "adapter_fusion", "adapters": folders}) == 0
+    tuned = artefact.open_run(str(tmp_path / "fused"))
+    jax.tree.map(np.testing.assert_array_equal, tuned.state, fusion.fuse([adapter.trained(f) for f in folders]))
+    (site,) = tuned.train.values()
+    assert np.abs(site["value"] - np.eye(16)).max() > 1e-3
+    assert run("other", {"name": "adapter_fusion", "adapters": [folders[0], str(tmp_path / "nowhere")]}) == 2
+    assert "nowhere/adapter is no adapter" in capsys.readouterr().err
