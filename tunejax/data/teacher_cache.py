@@ -87,10 +87,10 @@ def layout(counts: np.ndarray, k: int) -> Layout:
     return Layout(part, whole - whole[opens][part], np.arange(len(counts)) - first[whole])
 
 
-def key(example: Example) -> str:
-    """A digest of what a teacher's distribution at an example's positions depends on."""
+def key(example: Example, rows: Rows) -> str:
+    """A digest of what was said, and of what of the example it depends on: damage and other data both change it."""
     h = hashlib.blake2b(digest_size=8)
-    for a in (example.tokens, example.loss_weights != 0, example.token_types):
+    for a in (example.tokens, example.loss_weights != 0, example.token_types, *rows):
         if a is not None:
             h.update(np.ascontiguousarray(a).data)
     return h.hexdigest()
@@ -119,7 +119,9 @@ def begin(folder: Path, manifest: Manifest) -> None:
 def read_manifest(folder: Path) -> Manifest:
     """Raises ConfigError where there is none, CheckpointError where it is damaged or of a later format."""
     if not (folder / MANIFEST).is_file():
-        raise errors.ConfigError(f"{folder} is no teacher's cache (it has no {MANIFEST}): tunejax distill-cache makes one")
+        raise errors.ConfigError(
+            f"{folder} is no teacher's cache (it has no {MANIFEST}): tunejax distill-cache makes one"
+        )
     try:
         raw = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         if raw.pop("format") != FORMAT:
@@ -141,12 +143,12 @@ def write_part(folder: Path, store: Store, where: Layout, part: int, rows: Mappi
 
     half = folder / f".{_file(folder, part).name}.{os.getpid()}"
     inside = where.examples(part)
-    with parquet.ParquetWriter(half, _schema(), compression="zstd", use_dictionary=["key"]) as writer:
+    with parquet.ParquetWriter(half, _schema(), compression="zstd", use_dictionary=False) as writer:
         for group in np.unique(where.group[inside]):
             chosen = [int(i) for i in inside[where.group[inside] == group]]
             columns = {
                 "index": chosen,
-                "key": [key(store[i]) for i in chosen],
+                "key": [key(store[i], rows[i]) for i in chosen],
                 **{n: [getattr(rows[i], n).reshape(-1) for i in chosen] for n in Rows._fields},
             }
             writer.write_table(pa.table(columns, schema=_schema()))
@@ -204,11 +206,16 @@ class Cache:
         part, group, row = (int(x[index]) for x in self._where)
         with self._lock:  # a Parquet reader is not for several threads
             table = _kept(self._groups, (part, group), lambda: self._read(part, group))
-        example, k = self._store[index], self.manifest.k
-        if row >= len(table["key"]) or (table["index"][row].as_py(), table["key"][row].as_py()) != (index, key(example)):
-            raise errors.CheckpointError(f"{_file(self._folder, part)} is damaged: example {index} is not where it was")
-        ids, logprobs, tail = (table[n][row].values.to_numpy() for n in Rows._fields)
-        return Rows(ids.reshape(-1, k), logprobs.reshape(-1, k), tail)
+        n = int((self._store[index].loss_weights != 0).sum())
+        sizes = {"ids": (n, self.manifest.k), "logprobs": (n, self.manifest.k), "tail": (n,)}
+        try:
+            at, signed = table["index"][row].as_py(), table["key"][row].as_py()
+            rows = Rows(**{name: table[name][row].values.to_numpy().reshape(size) for name, size in sizes.items()})
+        except (ValueError, IndexError, AttributeError):  # lists of another length, fewer rows, a null
+            at = signed = rows = None
+        if rows is None or at != index or signed != key(self._store[index], rows):
+            raise errors.CheckpointError(f"{_file(self._folder, part)} is damaged: example {index} is not as it was")
+        return rows
 
     def __call__(self, index: int) -> dict[str, np.ndarray]:
         """Arrays by name, each [n, ...] for the n positions of the example; 0 where nothing is learned."""
@@ -221,14 +228,23 @@ class Cache:
 
     def _read(self, part: int, group: int) -> Any:
         import pyarrow as pa
-        from pyarrow import parquet
 
         path = _file(self._folder, part)
         try:
-            file = _kept(self._files, part, lambda: parquet.ParquetFile(path))
-            return file.read_row_group(group).combine_chunks()
-        except (pa.ArrowException, OSError) as e:
+            table = _kept(self._files, part, lambda: _opened(path)).read_row_group(group).combine_chunks()
+            table.validate(full=True)
+            return table
+        except (pa.ArrowException, OSError, ValueError, MemoryError) as e:
             raise errors.CheckpointError(f"{path} is damaged: {str(e).splitlines()[0]}") from None
+
+
+def _opened(path: Path) -> Any:
+    from pyarrow import parquet
+
+    file = parquet.ParquetFile(path)
+    if not file.schema_arrow.equals(_schema()):
+        raise ValueError("its columns are not a cache's")
+    return file
 
 
 def _kept(held: collections.OrderedDict, name: Any, make: Any) -> Any:
@@ -241,9 +257,7 @@ def _kept(held: collections.OrderedDict, name: Any, make: Any) -> Any:
     return held[name]
 
 
-def _check(
-    folder: Path, found: Manifest, store: Store, vocabulary: int, temperature: float, tokenizer: str
-) -> None:
+def _check(folder: Path, found: Manifest, store: Store, vocabulary: int, temperature: float, tokenizer: str) -> None:
     problems = []
     if found.temperature != temperature:
         problems.append(f"it was made at temperature {found.temperature:g}, and distill.temperature is {temperature:g}")

@@ -90,7 +90,7 @@ def hidden(
         squared distance of the two brought to length 1 (PKD, Sun et al., 2019, arXiv:1908.09355, equation 7).
       embeddings: what enters the first layer too (TinyBERT, equation 9).
 
-    A kernel "hidden" (or "embedding") of `projections` maps the student's width to the teacher's, the same for all layers.
+    A kernel "hidden" (or "embedding") of `projections` maps the student's width to the teacher's, one for all layers.
 
     Raises:
       ConfigError: a layer or metric that is not there; (when traced) other widths and no kernel.
@@ -106,7 +106,8 @@ def hidden(
             x = sites.linear(both.kernels[tap]["kernel"], x)
         if x.shape != y.shape:
             raise errors.ConfigError(
-                f"distill.hidden compares a width of {x.shape[-1]} with the teacher's {y.shape[-1]}: it needs a projection"
+                f"distill.hidden compares a width of {x.shape[-1]} with the teacher's {y.shape[-1]}: "
+                "it needs a projection"
             )
         return jnp.sum(both.weights * distance(x, y))
 
@@ -131,7 +132,8 @@ def pairs(layers: str | Sequence[tuple[int, int]], student: int, teacher: int) -
     if layers == "last":
         return ((student - 1, teacher - 1),)
     if isinstance(layers, str):
-        raise errors.ConfigError(f"distill.hidden.layers is {layers!r}. {errors.did_you_mean(layers, ['uniform', 'last'])}")
+        near = errors.did_you_mean(layers, ["uniform", "last"])
+        raise errors.ConfigError(f"distill.hidden.layers is {layers!r}. {near}")
     return tuple((_layer(s, student, "student"), _layer(t, teacher, "teacher")) for s, t in layers)
 
 
@@ -170,12 +172,13 @@ def relations(
     """KL(teacher || student) of softmax relations among the tokens of a layer, a mean over heads, summed over ``of``.
 
     Args:
-      of: "attention", queries with keys, and "value", values with values, are the transfers of MiniLM (Wang et al., 2020,
-        arXiv:2002.10957, equations 5 and 7); "query", "key" and "value", each with itself, those of MiniLMv2 (Wang et al.,
-        2021, arXiv:2012.15828, equations 3 to 5).
+      of: "attention", queries with keys, and "value", values with values, are the transfers of MiniLM (Wang et al.,
+        2020, arXiv:2002.10957, equations 5 and 7); "query", "key" and "value", each with itself, those of MiniLMv2
+        (Wang et al., 2021, arXiv:2012.15828, equations 3 to 5).
       heads: relation heads, into which the vectors of all heads are cut anew, so that the two may have other heads and
         widths (MiniLMv2); None: their own, which must be as many.
-      student_layer, teacher_layer: negative ones count from the end. MiniLMv2 takes an upper middle one of a large teacher.
+      student_layer, teacher_layer: negative ones count from the end. MiniLMv2 takes an upper middle one of a large
+        teacher.
 
     A token is compared with those that it attends to; no width has to agree, so nothing is projected.
 
@@ -211,7 +214,9 @@ def _relation(taps: Taps, layer: int, name: str, heads: int | None, seen: jax.Ar
     if heads is not None:
         width = a.shape[2] * a.shape[3]
         if width % heads:
-            raise errors.ConfigError(f"distill.relations.heads is {heads}; it does not divide the width {width} of {name}")
+            raise errors.ConfigError(
+                f"distill.relations.heads is {heads}; it does not divide the width {width} of {name}"
+            )
         a, b = (x.reshape(*x.shape[:2], heads, -1) for x in (a, b))
     scores = jnp.einsum("bqhd,bkhd->bhqk", a, b) * a.shape[-1] ** -0.5
     return jax.nn.log_softmax(scores + sites.bias(seen)[:, None], axis=-1)
