@@ -47,6 +47,7 @@ def parser() -> argparse.ArgumentParser:
         "--keys", action="store_true", help="list every config key with its default"
     )
     config("compare", "tune a model by several methods and compare them; the same command again resumes")
+    config("distill-cache", "write what a config's teacher says of its rows, to train without the teacher; resumes")
     config("validate", "check config, files, model and targets without running")
     config("preprocess", "show rows as they will be trained on, and audit them").add_argument(
         "--rows", type=int, default=5, help="how many rows to show (default 5)"
@@ -132,7 +133,7 @@ def run(argv: Sequence[str] | None = None) -> int:
         raise errors.ConfigError(f"{args.verb} needs a config: tunejax {args.verb} CONFIG [key=value ...]")
     import importlib
 
-    recipe = importlib.import_module(f"tunejax.recipes.{args.verb}")
+    recipe = importlib.import_module(f"tunejax.recipes.{args.verb.replace('-', '_')}")
     return recipe.main(args) or 0
 
 

@@ -96,14 +96,23 @@ class ObjectiveSection(BaseModel):
 class DistillSection(Section):
     """A teacher, whose distribution the objective is mixed with; see `objectives.distill`."""
 
-    teacher: str = Field(
-        min_length=1, description="run folder, model folder or hub id; 'base': the model itself, without what trains"
-    )
+    teacher: str | None = Field(
+        None, min_length=1, description="run folder, model folder or hub id; 'base': the model itself, without what "
+        "trains. Not opened by training where there is a cache",
+    )  # fmt: skip
+    cache: str | None = Field(None, min_length=1, description="folder that `tunejax distill-cache` wrote, instead")
+    top_k: int = Field(64, ge=1, description="how many tokens a position `tunejax distill-cache` keeps")
     alpha: float = Field(0.5, ge=0, le=1, description="weight of the objective; the teacher has the rest")
     temperature: float = Field(2.0, gt=0)
     divergence: Literal["forward_kl", "reverse_kl", "jensen_shannon", "total_variation", "decoupled"] = "forward_kl"
     beta: float = Field(0.5, description="of jensen_shannon, and of the second part of decoupled")
     target_weight: float = Field(1.0, description="of the first part of decoupled")
+
+    @model_validator(mode="after")
+    def _some_source(self) -> "DistillSection":
+        if self.teacher is None and self.cache is None:
+            raise ValueError("name a teacher (or a cache that tunejax distill-cache wrote)")
+        return self
 
 
 class TrainSection(Section):
@@ -241,6 +250,11 @@ class Config(Section):
         self.model.head = needs  # type: ignore[assignment]
         if self.objective.name == "classification" and self.data.packing:
             raise ValueError("data.packing does not go with objective.name: classification (one example a row)")
+        if self.distill and self.distill.cache and self.objective.name == "masked_lm":
+            raise ValueError(
+                "distill.cache does not go with objective.name: masked_lm, which hides other tokens each step: "
+                "name distill.teacher alone"
+            )
         if self.train.eval_steps and not self.data.eval_path:
             raise ValueError("train.eval_steps needs rows to evaluate on: set data.eval_path")
         if self.train.load_best_model_at_end and not self.data.eval_path:

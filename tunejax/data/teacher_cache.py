@@ -191,7 +191,7 @@ class Cache:
                 "run tunejax distill-cache again, it goes on"
             )
         k = (self.manifest.k,)
-        self.shapes = {
+        self.shapes: Mapping[str, tuple[tuple[int, ...], Any]] = {
             "teacher_ids": (k, np.int32),
             "teacher_logprobs": (k, np.float32),
             "teacher_tail": ((), np.float32),

@@ -147,6 +147,43 @@ def bucketed(ids: jax.Array, log_p: jax.Array, tail: jax.Array, log_q: jax.Array
     return jnp.concatenate([log_p, tail[:, None]], axis=-1), jnp.concatenate([ours, rest[:, None]], axis=-1)
 
 
+EMPTY = -1e30
+"""The log of the mass of an empty tail: finite, so that 0 times it is 0."""
+
+
+def likeliest(
+    model: Model, params: Params, batch: Batch, *, k: int, temperature: float, chunk_size: int | None = None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """What `from_cache` wants to find in a batch: the model's k likeliest tokens (or labels) at every position.
+
+    Args:
+      k: at most the vocabulary. chunk_size: positions whose logits exist at a time; by default chosen by memory.
+
+    Returns:
+      ids int32 and log-probabilities float32 [batch, length, k]; the log of the mass of all others [batch, length].
+    """
+    hidden, _ = model.hidden(params, batch)
+    rows, length = batch["tokens"].shape
+    chunk = min(chunk_size or chunked.default_chunk(rows, model.vocab_size), length)
+    chunks = -(-length // chunk)
+    hidden = jnp.pad(hidden, ((0, 0), (0, chunks * chunk - length), (0, 0)))
+
+    def one(start: jax.Array) -> tuple[jax.Array, ...]:
+        x = jax.lax.dynamic_slice_in_dim(hidden, start, chunk, axis=1).reshape(rows * chunk, -1)
+        log_p = jax.nn.log_softmax(model.logits(model.head(params), x).astype(jnp.float32) / temperature, axis=-1)
+        top, ids = jax.lax.top_k(log_p, k)
+        tail = bucketed(ids, top, jnp.zeros(len(ids)), log_p)[1][:, k:]
+        tail = jnp.maximum(tail[:, 0], EMPTY) if tail.shape[1] else jnp.full(len(ids), EMPTY)
+        return ids.astype(jnp.int32), top, tail
+
+    out = jax.lax.map(one, jnp.arange(chunks) * chunk)
+    ids, top, tail = (
+        jnp.moveaxis(x.reshape(chunks, rows, chunk, *x.shape[2:]), 0, 1).reshape(rows, -1, *x.shape[2:])[:, :length]
+        for x in out
+    )
+    return ids, top, tail
+
+
 class Seen(NamedTuple):
     """What a wrapped objective computed: its output, and the batch and hidden states that it came from."""
 

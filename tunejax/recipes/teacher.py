@@ -1,5 +1,8 @@
-"""The teacher of a run: another model, a run, or the base itself, put beside the run's objective."""
+"""The teacher of a run: another model, a run, or the base itself, put beside the run's objective; or its cache."""
 
+import hashlib
+import json
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -8,10 +11,13 @@ import jax.numpy as jnp
 from tunejax.core import errors, paths
 from tunejax.core.model import Batch, Model
 from tunejax.core.paths import Params
+from tunejax.data import teacher_cache
+from tunejax.data.corpus import Corpus
 from tunejax.objectives import distill
 from tunejax.recipes import artefact, assemble
 
 ITSELF = "base"
+OPTIONS = ("alpha", "temperature", "divergence", "beta", "target_weight")
 
 
 def beside(parts: assemble.Parts, base: Params) -> assemble.Parts:
@@ -27,13 +33,45 @@ def beside(parts: assemble.Parts, base: Params) -> assemble.Parts:
     section = parts.config.distill
     if section is None:
         return parts
-    model, params = _itself(parts, base) if section.teacher == ITSELF else _opened(parts, section.teacher)
-    options = distill.Options(**section.model_dump(exclude={"teacher"}))
-    return parts._replace(objective=distill.make(parts.objective, model, params, options))
+    options = distill.Options(**{name: getattr(section, name) for name in OPTIONS})
+    if section.cache is not None:
+        return parts._replace(objective=distill.from_cache(parts.objective, options))
+    model, params = _itself(parts, base) if section.teacher == ITSELF else opened(parts)
+    return parts._replace(objective=distill.make(parts.objective, _blind(model, parts), params, options))
+
+
+def cache(parts: assemble.Parts, rows: Corpus | None) -> teacher_cache.Cache | None:
+    """The cache that ``config.distill`` names, opened for the training rows; None where it names none.
+
+    Raises:
+      ConfigError: there is none, it is not finished, or it was made for something else.
+    """
+    section = parts.config.distill
+    if section is None or section.cache is None or rows is None:
+        return None
+    return teacher_cache.Cache(
+        Path(section.cache),
+        rows.store,
+        vocabulary=vocabulary(parts),
+        temperature=section.temperature,
+        tokenizer=tokenizer_digest(parts.tokenizer),
+    )
+
+
+def vocabulary(parts: assemble.Parts) -> int:
+    """How many tokens or labels the model tells apart."""
+    shape = parts.model_config
+    return shape.num_labels if parts.config.model.head == "classification" else shape.vocab_size
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """Hex digest of a tokenizer's vocabulary."""
+    text = json.dumps(sorted(tokenizer.get_vocab().items()))
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 def _itself(parts: assemble.Parts, base: Params) -> tuple[Model, Params]:
-    """The base as a teacher; it does not see the student's virtual tokens."""
+    """The base as a teacher."""
     flat = paths.flatten(base)
     shapes = paths.flatten(jax.eval_shape(parts.model.init, jax.random.key(0)))
     holes = [p for p, x in shapes.items() if x is not None and flat.get(p) is None]  # an empty slot is no hole
@@ -42,12 +80,19 @@ def _itself(parts: assemble.Parts, base: Params) -> tuple[Model, Params]:
             f"distill.teacher is 'base', and {parts.method.name} trains {holes[0]} itself, so no base is left: "
             "use a method that leaves it frozen, or name the model again as distill.teacher"
         )
-    model = parts.model
+    return parts.model, base
+
+
+def _blind(model: Model, parts: assemble.Parts) -> Model:
+    """A teacher that does not see the virtual tokens of the student's rows."""
+    if not parts.method.prompt:
+        return model
 
     def hidden(params: Params, batch: Batch, **options: Any) -> Any:
-        return model.hidden(params, without_prompt(batch, model.vocab_size, parts.method.prompt), **options)
+        size = parts.model_config.vocab_size  # the student's, from which its virtual tokens count
+        return model.hidden(params, without_prompt(batch, size, parts.method.prompt), **options)
 
-    return model._replace(hidden=hidden), base
+    return model._replace(hidden=hidden)
 
 
 def without_prompt(batch: Batch, vocab_size: int, prompt: int) -> dict[str, Any]:
@@ -61,8 +106,18 @@ def without_prompt(batch: Batch, vocab_size: int, prompt: int) -> dict[str, Any]
     }
 
 
-def _opened(parts: assemble.Parts, name: str) -> tuple[Model, Params]:
-    """A run folder's tuned model, or a checkpoint, with the student's kind of head, on the student's mesh."""
+def opened(parts: assemble.Parts) -> tuple[Model, Params]:
+    """A run folder's tuned model, or a checkpoint, with the student's kind of head, on the student's mesh.
+
+    It takes rows without virtual tokens.
+
+    Raises:
+      ConfigError, CheckpointError: see `beside`.
+    """
+    section = parts.config.distill
+    assert section is not None
+    assert section.teacher is not None
+    name = section.teacher
     mesh = [f"mesh.{axis}={size}" for axis, size in parts.mesh.shape.items()]
     head = parts.config.model.head or "lm"
     if artefact.is_run(name):
@@ -70,6 +125,11 @@ def _opened(parts: assemble.Parts, name: str) -> tuple[Model, Params]:
         theirs = tuned.parts.config.model.head or "lm"
         if theirs != head:
             raise errors.ConfigError(f"distill.teacher {name} has the head {theirs!r}; the student's is {head!r}")
+        if tuned.parts.prompt:
+            raise errors.ConfigError(
+                f"distill.teacher {name} was tuned by {tuned.parts.method.name}, and the student's rows do not begin "
+                "with its virtual tokens: name a teacher without any"
+            )
         model, params, shape = tuned.parts.model, tuned.params, tuned.parts.model_config
     else:
         model, params, shape = _checkpoint(parts, name, head)

@@ -44,7 +44,8 @@ def run(config: schema.Config) -> dict[str, Any]:
     opened = assemble.opened(config)
     data = rows.read(config, opened.tokenizer, opened.model_config.kind, opened.prompt)
     parts = assemble.parts(config, opened, num_labels=len(data.labels), mesh=mesh)
-    loaders = rows.loaders(config, data, sizes, parts.tokenizer)
+    cache = teacher.cache(parts, data.train)
+    loaders = rows.loaders(config, data, sizes, parts.tokenizer, cache)
     total = settings.total_steps(config, loaders.train.plan.steps)
     optimizer = settings.optimizer(config, total)
 
@@ -109,7 +110,7 @@ def run(config: schema.Config) -> dict[str, Any]:
         "rows": data.counts(),
     }
     if config.evaluation.step_memory:
-        batch = one.put(next(iter(rows.loaders(config, data, sizes, parts.tokenizer).train)))
+        batch = one.put(next(iter(rows.loaders(config, data, sizes, parts.tokenizer, cache).train)))
         summary["step_bytes"] = one.memory(result.state, base, parts.objective.frozen, batch)
     if jax.process_index():
         return summary
