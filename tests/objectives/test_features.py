@@ -1,6 +1,8 @@
 """Distillation of features against torch, an example at a time: losses to 1e-6, gradients to 1e-5."""
 
 import dataclasses
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +13,15 @@ import torch
 import torch.nn.functional as F
 import trains
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "methods"))
+import test_matrix
+
 from tunejax.core import errors
-from tunejax.core.method import Context
+from tunejax.core.method import Context, apply_edits
 from tunejax.core.model import AUXILIARY
 from tunejax.methods import registry
 from tunejax.objectives import causal_lm, distill, features, masked_lm
+from tunejax.train import optimizer, sharding, step
 
 TRAIN = Context(train=True)
 RNG = np.random.default_rng(5)
@@ -233,20 +239,21 @@ def test_features_alone_teach():
     assert float(loss) > 0
 
 
+def towards_a_wider(method):
+    """(method beside projections, their sizes, an objective with a wider teacher)."""
+    wide = dataclasses.replace(tiny.LLAMA, embed_dim=24, num_layers=4)
+    sizes = {"hidden": (16, 24)}
+    terms = (features.hidden(3, 4), features.relations(3, 4, heads=2))
+    objective = distill.make(causal_lm.make(), tiny.model(wide), tiny.params(wide), distill.Options(), terms)
+    return features.beside(method, sizes), sizes, objective
+
+
 def test_projections_train_beside_a_method():
-    from tunejax.core.method import chain
-
-    wide = dataclasses.replace(tiny.LLAMA, embed_dim=24)
-    t, q = tiny.model(wide), tiny.params(wide)
-    method = chain(registry.build({"name": "lora", "rank": 2}), features.projections({"hidden": (16, 24)}))
-    begun = trains.begin(method)
-    terms = (features.hidden(3, 3),)
-    objective = distill.make(causal_lm.make(), t, q, distill.Options(alpha=0.5, logits=0.0), terms)
-    from tunejax.train import optimizer, sharding, step
-
+    lora = registry.build({"name": "lora", "rank": 2})
+    method, sizes, objective = towards_a_wider(lora)
+    _, s, base, batch = trains.begin(method)
     tuner = optimizer.make_optimizer("adamw", 1e-2)
     one = step.make_step(tiny.model(), method, objective, tuner, mesh=sharding.make_mesh(1, 1, 1, jax.devices()[:1]))
-    _, s, base, batch = begun
     before, losses = jax.tree.map(np.array, s.train), []
     for _ in range(4):
         s, metrics = one(s, base, objective.frozen, batch)
@@ -255,11 +262,39 @@ def test_projections_train_beside_a_method():
     name = "1:projections"
     assert s.train[name]["hidden"]["kernel"].shape == (16, 24)
     assert np.abs(np.asarray(s.train[name]["hidden"]["kernel"]) - before[name]["hidden"]["kernel"]).max() > 1e-3
+    own = features.own(lora, sizes, s.train)
     merged = method.merge(base, s.train, s.state)
     assert AUXILIARY not in merged
-    m = tiny.model()
-    bound = method.bind(base, s.train, s.state, Context())
-    np.testing.assert_allclose(tiny.outputs(m, merged), tiny.outputs(m, bound), atol=1e-5)
+    alone = lora.bind(base, own, features.own(lora, sizes, s.state), Context())
+    np.testing.assert_allclose(tiny.outputs(tiny.model(), merged), tiny.outputs(tiny.model(), alone), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", registry.NAMES)
+def test_every_method_has_gradients_beside_projections(name):
+    """Traced, not run: what depends on the method is how its tree and its bound parameters are taken apart."""
+    config = dataclasses.replace(tiny.LLAMA, num_layers=test_matrix.DEPTH.get(name, 3))
+    spec = test_matrix.fused(config) if name == "adapter_fusion" else test_matrix.SPECS[name]
+    tuned = registry.build(spec)
+    method, sizes, objective = towards_a_wider(tuned)
+    model = tiny.model(config, "lm", method.cuts(config.num_layers))
+    params = tiny.params(config, "lm", method.cuts(config.num_layers))
+
+    def slopes(params):
+        start = method.init(jax.random.key(0), params)
+        base = apply_edits(params, start.edits)
+
+        def total(train):
+            bound = method.bind(base, train, start.state, Context())
+            return objective.loss(model, bound, objective.frozen, trains.rows(prompt=method.prompt), TRAIN)[0]
+
+        return start, jax.grad(total)(start.train)
+
+    start, found = jax.eval_shape(slopes, params)
+    assert jax.tree.structure(found) == jax.tree.structure(start.train)
+    alone = jax.eval_shape(tuned.init, jax.random.key(0), params)
+    for tree in ("train", "state"):
+        shapes = jax.tree.map(jnp.shape, (features.own(tuned, sizes, getattr(start, tree)), getattr(alone, tree)))
+        assert shapes[0] == shapes[1]
 
 
 @pytest.mark.parametrize(

@@ -93,6 +93,30 @@ class ObjectiveSection(BaseModel):
     name: Literal["causal_lm", "masked_lm", "classification"] = "causal_lm"
 
 
+class HiddenSection(Section):
+    """Hidden states beside the teacher's; see `objectives.features.hidden`."""
+
+    weight: float = Field(1.0, gt=0)
+    layers: Literal["uniform", "last"] | list[tuple[int, int]] = Field(
+        "uniform", description="pairs of a student's and a teacher's layer, from 0 (-1: the last); or a rule"
+    )
+    metric: Literal["mse", "cosine", "normalized_mse"] = "mse"
+    embeddings: bool = Field(False, description="what enters the first layer too")
+    project: bool | None = Field(
+        None, description="a trained kernel to the teacher's width; by default where it differs"
+    )
+
+
+class RelationsSection(Section):
+    """Relations among tokens beside the teacher's; see `objectives.features.relations`."""
+
+    weight: float = Field(1.0, gt=0)
+    of: list[Literal["query", "key", "value", "attention"]] = Field(["query", "key", "value"], min_length=1)
+    heads: int | None = Field(None, ge=1, description="relation heads; by default the models' own, as many in both")
+    student_layer: int = Field(-1, description="from 0; a negative one counts from the end")
+    teacher_layer: int = -1
+
+
 class DistillSection(Section):
     """A teacher, whose distribution the objective is mixed with; see `objectives.distill`."""
 
@@ -107,11 +131,19 @@ class DistillSection(Section):
     divergence: Literal["forward_kl", "reverse_kl", "jensen_shannon", "total_variation", "decoupled"] = "forward_kl"
     beta: float = Field(0.5, description="of jensen_shannon, and of the second part of decoupled")
     target_weight: float = Field(1.0, description="of the first part of decoupled")
+    logits: float = Field(1.0, ge=0, description="a factor on the divergence; 0: features alone teach")
+    hidden: HiddenSection | None = None
+    relations: RelationsSection | None = None
 
     @model_validator(mode="after")
     def _some_source(self) -> "DistillSection":
         if self.teacher is None and self.cache is None:
             raise ValueError("name a teacher (or a cache that tunejax distill-cache wrote)")
+        features = [name for name in ("hidden", "relations") if getattr(self, name) is not None]
+        if self.cache and features:
+            raise ValueError(f"a cache holds logits, and {features[0]} needs the teacher itself: leave one of them out")
+        if not features and not self.alpha and not self.logits:
+            raise ValueError("alpha and logits are 0, and neither hidden nor relations are given: nothing is learned")
         return self
 
 

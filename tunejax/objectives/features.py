@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from tunejax.core import errors, operators, sites
-from tunejax.core.method import Context, Method, Start, method, path_key
+from tunejax.core.method import Context, Method, Start, chain, method, path_key
 from tunejax.core.model import AUXILIARY, Batch, Model
 from tunejax.core.objective import LossOutput
 from tunejax.core.paths import Params
@@ -57,6 +57,36 @@ def added(
     both = Both(student, teacher, spread(batch, model.vocab_size), seen, params.get(AUXILIARY, {}))
     found = {term.name: term.loss(both) for term in terms}
     return total + sum(term.weight * found[term.name] for term in terms), weight, {**metrics, **found}
+
+
+def check(
+    terms: Sequence[Term],
+    sizes: Mapping[str, tuple[int, int]],
+    student: Model,
+    teacher: Model,
+    params: Params,
+    rows: int,
+) -> None:
+    """Traces the terms, so that what cannot be compared shows before anything runs.
+
+    Args:
+      sizes: of the `projections`. params: of the teacher, shapes will do. rows: that divide over the models' mesh.
+
+    Raises:
+      ConfigError: widths or heads that do not fit.
+    """
+    if not terms:
+        return
+    taps = tuple(dict.fromkeys(tap for term in terms for tap in term.taps))
+    ones = jnp.ones((rows, 2), jnp.int32)
+    batch = {"tokens": 0 * ones, "positions": ones, "segment_ids": ones, "loss_weights": ones}
+
+    def traced(ours: Params, theirs: Params) -> LossOutput:
+        kernels = {name: {"kernel": jnp.ones(size)} for name, size in sizes.items()}
+        both = student.hidden(ours, batch, taps=taps)[1], teacher.hidden(theirs, batch, taps=taps)[1]
+        return added((jnp.zeros(()), jnp.ones(()), {}), terms, student, {AUXILIARY: kernels}, batch, *both)
+
+    jax.eval_shape(traced, jax.eval_shape(student.init, jax.random.key(0)), params)
 
 
 def spread(batch: Batch, vocab_size: int) -> jax.Array:
@@ -239,3 +269,17 @@ def projections(sizes: Mapping[str, tuple[int, int]]) -> Method:
         return operators.densify(params)
 
     return method("projections", init, bind, merge=merge)
+
+
+def beside(tuned: Method, sizes: Mapping[str, tuple[int, int]]) -> Method:
+    """``tuned`` with the `projections` of these sizes; itself where there are none."""
+    return chain(tuned, projections(sizes)) if sizes else tuned
+
+
+def own(tuned: Method, sizes: Mapping[str, tuple[int, int]], tree: Any) -> Any:
+    """What of a ``train`` or ``state`` of `beside` belongs to ``tuned``, as it would have it alone."""
+    if not sizes:
+        return tree
+    if not tuned.parts:
+        return tree[f"0:{tuned.name}"]
+    return {name: tree[name] for name in (f"{i}:{m.name}" for i, m in enumerate(tuned.parts))}

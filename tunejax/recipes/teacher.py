@@ -2,8 +2,9 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,22 +14,63 @@ from tunejax.core.model import Batch, Model
 from tunejax.core.paths import Params
 from tunejax.data import teacher_cache
 from tunejax.data.corpus import Corpus
-from tunejax.objectives import distill
+from tunejax.models.config import ModelConfig
+from tunejax.objectives import distill, features
 from tunejax.recipes import artefact, assemble
 
 ITSELF = "base"
-OPTIONS = ("alpha", "temperature", "divergence", "beta", "target_weight")
+OPTIONS = ("alpha", "logits", "temperature", "divergence", "beta", "target_weight")
 
 
-def beside(parts: assemble.Parts, base: Params) -> assemble.Parts:
+class Taught(NamedTuple):
+    """What a run learns beside its objective. sizes: of the kernels that train beside the method, by name.
+
+    teacher: its model and parameters; None where the base teaches, or a cache.
+    """
+
+    teacher: tuple[Model, Params] | None = None
+    terms: tuple[features.Term, ...] = ()
+    sizes: Mapping[str, tuple[int, int]] = {}
+
+    def with_method(self, parts: assemble.Parts) -> assemble.Parts:
+        """``parts`` whose method also trains what the terms need."""
+        return parts._replace(method=features.beside(parts.method, self.sizes))
+
+
+def find(parts: assemble.Parts) -> Taught:
+    """Opens the teacher that ``config.distill`` names, if any, and makes the terms on its features.
+
+    Raises:
+      ConfigError, CheckpointError: the teacher cannot be opened, lacks a head or a layer that is named, or tells other
+        tokens apart.
+    """
+    section = parts.config.distill
+    if section is None or section.cache is not None:
+        return Taught()
+    found, shape = (None, parts.model_config) if section.teacher == ITSELF else opened(parts)
+    ours, terms, sizes = parts.model_config, [], {}
+    if section.hidden is not None:
+        project, options = section.hidden.project, section.hidden.model_dump(exclude={"project"})
+        terms.append(features.hidden(ours.num_layers, shape.num_layers, **options))
+        if ours.embed_dim != shape.embed_dim if project is None else project:
+            sizes = dict.fromkeys(terms[-1].taps, (ours.embed_dim, shape.embed_dim))
+    if section.relations is not None:
+        terms.append(features.relations(ours.num_layers, shape.num_layers, **section.relations.model_dump()))
+    model, params = found or (parts.model, jax.eval_shape(parts.model.init, jax.random.key(0)))
+    features.check(terms, sizes, parts.model, model, params, parts.mesh.size)
+    return Taught(found, tuple(terms), sizes)
+
+
+def beside(parts: assemble.Parts, taught: Taught, base: Params) -> assemble.Parts:
     """``parts`` with the objective that ``config.distill`` asks for; as they are where it asks for none.
 
     Args:
       parts: of the run.
+      taught: see `find`.
       base: what the run holds frozen. As the teacher it costs no memory.
 
     Raises:
-      ConfigError, CheckpointError: the teacher cannot be opened, lacks a head, or tells other tokens apart.
+      ConfigError: the base is to teach, and the method leaves none.
     """
     section = parts.config.distill
     if section is None:
@@ -36,8 +78,9 @@ def beside(parts: assemble.Parts, base: Params) -> assemble.Parts:
     options = distill.Options(**{name: getattr(section, name) for name in OPTIONS})
     if section.cache is not None:
         return parts._replace(objective=distill.from_cache(parts.objective, options))
-    model, params = _itself(parts, base) if section.teacher == ITSELF else opened(parts)
-    return parts._replace(objective=distill.make(parts.objective, _blind(model, parts), params, options))
+    model, params = taught.teacher or _itself(parts, base)
+    made = distill.make(parts.objective, _blind(model, parts), params, options, taught.terms)
+    return parts._replace(objective=made)
 
 
 def cache(parts: assemble.Parts, rows: Corpus | None) -> teacher_cache.Cache | None:
@@ -106,22 +149,20 @@ def without_prompt(batch: Batch, vocab_size: int, prompt: int) -> dict[str, Any]
     }
 
 
-def opened(parts: assemble.Parts) -> tuple[Model, Params]:
+def opened(parts: assemble.Parts) -> tuple[tuple[Model, Params], ModelConfig]:
     """A run folder's tuned model, or a checkpoint, with the student's kind of head, on the student's mesh.
 
     It takes rows without virtual tokens.
 
     Raises:
-      ConfigError, CheckpointError: see `beside`.
+      ConfigError, CheckpointError: see `find`.
     """
     section = parts.config.distill
     assert section is not None
     assert section.teacher is not None
-    name = section.teacher
-    mesh = [f"mesh.{axis}={size}" for axis, size in parts.mesh.shape.items()]
-    head = parts.config.model.head or "lm"
+    name, head = section.teacher, parts.config.model.head or "lm"
     if artefact.is_run(name):
-        tuned = artefact.open_run(name, mesh)
+        tuned = artefact.open_run(name, [f"mesh.{axis}={size}" for axis, size in parts.mesh.shape.items()])
         theirs = tuned.parts.config.model.head or "lm"
         if theirs != head:
             raise errors.ConfigError(f"distill.teacher {name} has the head {theirs!r}; the student's is {head!r}")
@@ -133,20 +174,31 @@ def opened(parts: assemble.Parts) -> tuple[Model, Params]:
         model, params, shape = tuned.parts.model, tuned.params, tuned.parts.model_config
     else:
         model, params, shape = _checkpoint(parts, name, head)
-    ours = parts.model_config
-    if (shape.num_labels if head == "classification" else shape.vocab_size) != (
-        ours.num_labels if head == "classification" else ours.vocab_size
-    ):
+    _check(parts, name, shape)
+    return (model, params), shape
+
+
+def _check(parts: assemble.Parts, name: str, shape: ModelConfig) -> None:
+    """Raises ConfigError where the teacher cannot be compared with the student, or does not take its rows."""
+    section, ours = parts.config.distill, parts.model_config
+    assert section is not None
+    labels = parts.config.model.head == "classification"
+    same = shape.num_labels == ours.num_labels if labels else shape.vocab_size == ours.vocab_size
+    if section.logits and not same:
         raise errors.ConfigError(
             f"distill.teacher {name} has a vocabulary of {shape.vocab_size} tokens and {shape.num_labels} labels; the "
             f"student {ours.vocab_size} and {ours.num_labels}: distilling logits needs the same ones"
+        )
+    if shape.vocab_size < len(parts.tokenizer):
+        raise errors.ConfigError(
+            f"distill.teacher {name} has a vocabulary of {shape.vocab_size} tokens; the student's tokenizer has "
+            f"{len(parts.tokenizer)}"
         )
     if shape.max_positions < parts.config.data.max_length:
         raise errors.ConfigError(
             f"distill.teacher {name} has {shape.max_positions} positions, and data.max_length is "
             f"{parts.config.data.max_length}"
         )
-    return model, params
 
 
 def _checkpoint(parts: assemble.Parts, name: str, head: str) -> tuple[Model, Params, Any]:

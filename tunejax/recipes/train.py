@@ -12,6 +12,7 @@ from tunejax import plots
 from tunejax.config import load, schema
 from tunejax.core import digest, errors, paths, table
 from tunejax.methods import report
+from tunejax.objectives import features
 from tunejax.recipes import adapter, assemble, folder, rows, runtime, samples, settings, teacher
 from tunejax.train import checkpoint, loop, metrics, sharding, state, step
 
@@ -55,9 +56,11 @@ def run(config: schema.Config) -> dict[str, Any]:
     counts = table.table(loaded.params, shapes.train, shapes.edits)
     announce(parts, counts, report.describe(parts.method, loaded.params, shapes), data, total)
     fresh = {p: adapter.on_host(paths.get(loaded.params, p)) for p in loaded.fresh if p not in shapes.edits}
+    taught = teacher.find(parts)
+    tuned, parts = parts, taught.with_method(parts)
     key = jax.random.key(config.seed)
     begun, base = state.start(parts.model, parts.method, optimizer, loaded.params, key, mesh)
-    parts = teacher.beside(parts, base)
+    parts = teacher.beside(parts, taught, base)
     loaded = loaded._replace(params={})  # what trains whole has moved out of it
 
     # The loop. From here on files are written.
@@ -90,10 +93,10 @@ def run(config: schema.Config) -> dict[str, Any]:
 
     # What comes out: the adapter, samples, a picture, the summary.
     check_untouched(loaded.prints, base, shapes.edits)
-    info = {"method": config.method, "name": parts.method.name, "head": config.model.head, "seed": config.seed,
+    info = {"method": config.method, "name": tuned.method.name, "head": config.model.head, "seed": config.seed,
             "num_labels": parts.model_config.num_labels, "labels": list(data.labels), "step": at}  # fmt: skip
-    trees = {"train": final.train, "state": final.state, "fresh": fresh}
-    adapter.save(out / "adapter", trees, loaded.base, info)
+    own = {name: features.own(tuned.method, taught.sizes, getattr(final, name)) for name in ("train", "state")}
+    adapter.save(out / "adapter", {**own, "fresh": fresh}, loaded.base, info)
     end_scores = judge(final, base, out, "after")
     summary = {
         **{f"before_{k}": v for k, v in start_scores.items()},
@@ -115,7 +118,7 @@ def run(config: schema.Config) -> dict[str, Any]:
     if jax.process_index():
         return summary
     plots.loss(
-        folder.read_rows(out / "metrics.jsonl"), out / "plots" / "loss.png", f"{parts.name}, {parts.method.name}"
+        folder.read_rows(out / "metrics.jsonl"), out / "plots" / "loss.png", f"{parts.name}, {tuned.method.name}"
     )
     folder.write_json(out / "summary.json", summary)
     conclude(out, start_scores, end_scores, summary)
