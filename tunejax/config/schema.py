@@ -117,6 +117,14 @@ class RelationsSection(Section):
     teacher_layer: int = -1
 
 
+class OnPolicySection(Section):
+    """The student writes, the teacher judges; see `train.on_policy`."""
+
+    fraction: float = Field(1.0, gt=0, le=1, description="of the steps; the others learn from the rows' completions")
+    temperature: float = Field(1.0, ge=0, description="that the student draws at; 0: greedy")
+    max_new_tokens: int | None = Field(None, ge=1, description="by default generation.max_new_tokens")
+
+
 class DistillSection(Section):
     """A teacher, whose distribution the objective is mixed with; see `objectives.distill`."""
 
@@ -134,6 +142,7 @@ class DistillSection(Section):
     logits: float = Field(1.0, ge=0, description="a factor on the divergence; 0: features alone teach")
     hidden: HiddenSection | None = None
     relations: RelationsSection | None = None
+    on_policy: OnPolicySection | None = None
 
     @model_validator(mode="after")
     def _some_source(self) -> "DistillSection":
@@ -144,6 +153,10 @@ class DistillSection(Section):
             raise ValueError(f"a cache holds logits, and {features[0]} needs the teacher itself: leave one of them out")
         if not features and not self.alpha and not self.logits:
             raise ValueError("alpha and logits are 0, and neither hidden nor relations are given: nothing is learned")
+        if self.on_policy is not None and self.alpha:
+            raise ValueError(f"alpha is {self.alpha}; what the student writes is no truth to learn: on_policy needs 0")
+        if self.on_policy is not None and self.cache:
+            raise ValueError("a cache knows the rows alone, and on_policy asks the teacher about new text")
         return self
 
 
@@ -282,6 +295,8 @@ class Config(Section):
         self.model.head = needs  # type: ignore[assignment]
         if self.objective.name == "classification" and self.data.packing:
             raise ValueError("data.packing does not go with objective.name: classification (one example a row)")
+        if self.distill and self.distill.on_policy and (self.objective.name != "causal_lm" or self.data.packing):
+            raise ValueError("distill.on_policy goes with objective.name: causal_lm and no data.packing")
         if self.distill and self.distill.cache and self.objective.name == "masked_lm":
             raise ValueError(
                 "distill.cache does not go with objective.name: masked_lm, which hides other tokens each step: "

@@ -15,13 +15,13 @@ import numpy as np
 
 from tunejax.config import load, locate, schema
 from tunejax.core import errors
+from tunejax.data import completions
 from tunejax.data import rows as sources
 from tunejax.evaluate import exact_match
 from tunejax.generate import decode, sampling
 from tunejax.recipes import artefact, folder, rows, runtime, samples
 from tunejax.train import progress
 
-FORMATS = ("prompt_completion", "messages")
 SIZE = 32
 """Prompts at a time unless train.eval_batch_size says otherwise."""
 
@@ -36,7 +36,7 @@ class Written(NamedTuple):
 def main(args: argparse.Namespace) -> None:
     """Writes the file, and says how many rows it has."""
     config = load.load(args.config, args.overrides)
-    found = write(config, Path(args.output), samples=args.samples, keep_unfinished=args.keep_unfinished)
+    found = write(config, Path(args.output), count=args.samples, keep_unfinished=args.keep_unfinished)
     print(f"{args.output}: {found.rows} rows")
     if found.unfinished:
         what = "kept" if args.keep_unfinished else "left out (--keep-unfinished keeps them)"
@@ -44,16 +44,16 @@ def main(args: argparse.Namespace) -> None:
         print(f"  {found.unfinished} answers did not end within generation.max_new_tokens={limit}: {what}")
 
 
-def write(config: schema.Config, output: Path, *, samples: int = 1, keep_unfinished: bool = False) -> Written:
+def write(config: schema.Config, output: Path, *, count: int = 1, keep_unfinished: bool = False) -> Written:
     """Writes the rows to ``output`` as JSON Lines, under our names of fields, in order.
 
     Args:
-      samples: answers to each prompt; more than one needs generation.temperature.
+      count: answers to each prompt; more than one needs generation.temperature.
 
     Raises:
       ConfigError: no teacher, one that writes no text, rows without prompts, or a file that is there.
     """
-    name = _check(config, output, samples)
+    name = _check(config, output, count)
     runtime.begin()
     if jax.process_count() > 1:
         raise errors.ConfigError("tunejax distill-generate runs in one process, with as many devices as it has")
@@ -63,16 +63,17 @@ def write(config: schema.Config, output: Path, *, samples: int = 1, keep_unfinis
         raise errors.ConfigError(f"distill.teacher {name} writes no text: name a decoder with an lm head")
     train = rows.read(config, tuned.parts.tokenizer, tuned.parts.model_config.kind, tuned.parts.prompt).train
     assert train is not None
-    if train.report.format not in FORMATS:
+    if train.report.format not in samples.ANSWERED:
         raise errors.ConfigError(
-            f"the rows have the format {train.report.format!r}; a teacher answers prompts: {' or '.join(FORMATS)}"
+            f"the rows have the format {train.report.format!r}; a teacher answers prompts: "
+            f"{' or '.join(samples.ANSWERED)}"
         )
     fields = _fields(config)
     prompts = [(fields[e.source], exact_match.task(e.tokens, e.targets, e.loss_weights, tuned.parts.tokenizer).prompt)
                for e in train.store]  # fmt: skip
     _check_room(config, tuned, max(len(prompt) for _, prompt in prompts))
     half = output.with_name(f".{output.name}.part")
-    about = _about(config, name, train.store.digest, samples)
+    about = _about(config, name, train.store.digest, count)
     done = _begun(half, about)
     size = config.train.eval_batch_size or SIZE
     batches = -(-len(prompts) // size)
@@ -82,7 +83,7 @@ def write(config: schema.Config, output: Path, *, samples: int = 1, keep_unfinis
     ):
         for at in range(done, batches):
             some = prompts[at * size : (at + 1) * size]
-            said = list(_answers(config, tuned, some, prompts, size, at, samples))
+            said = list(_answers(config, tuned, some, prompts, size, at, count))
             file.write(json.dumps(said, ensure_ascii=False) + "\n")
             file.flush()
             bar.step(at * size + len(some))
@@ -164,7 +165,7 @@ def _answers(
     g, parts = config.generation, tuned.parts
     width = -(-max(len(prompt) for _, prompt in all_) // exact_match.ROUND) * exact_match.ROUND
     how = sampling.Sampling(temperature=g.temperature, top_k=g.top_k, top_p=g.top_p, min_p=g.min_p)
-    tokens, mask = exact_match.left_padded([p for _, p in some] + [[0]] * (size - len(some)), width)
+    tokens, mask = completions.left_padded([p for _, p in some] + [[0]] * (size - len(some)), width)
     stops = samples.stop_tokens(parts)
     key = jax.random.fold_in(jax.random.key(config.seed), at)
     new = [

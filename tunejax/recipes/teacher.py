@@ -14,9 +14,11 @@ from tunejax.core.model import Batch, Model
 from tunejax.core.paths import Params
 from tunejax.data import teacher_cache
 from tunejax.data.corpus import Corpus
+from tunejax.generate import sampling
 from tunejax.models.config import ModelConfig
 from tunejax.objectives import distill, features
-from tunejax.recipes import artefact, assemble
+from tunejax.recipes import artefact, assemble, samples
+from tunejax.train import on_policy as policy
 
 ITSELF = "base"
 OPTIONS = ("alpha", "logits", "temperature", "divergence", "beta", "target_weight")
@@ -98,6 +100,34 @@ def cache(parts: assemble.Parts, rows: Corpus | None) -> teacher_cache.Cache | N
         vocabulary=vocabulary(parts),
         temperature=section.temperature,
         tokenizer=tokenizer_digest(parts.tokenizer),
+    )
+
+
+def on_policy(parts: assemble.Parts, rows: Corpus | None) -> policy.Options | None:
+    """How the student writes what it learns from; None where ``config.distill`` does not ask for that.
+
+    Raises:
+      ConfigError: rows without prompts, or several processes.
+    """
+    section = None if parts.config.distill is None else parts.config.distill.on_policy
+    if section is None or rows is None:
+        return None
+    if rows.report.format not in samples.ANSWERED:
+        raise errors.ConfigError(
+            f"the rows have the format {rows.report.format!r}; distill.on_policy answers prompts: "
+            f"{' or '.join(samples.ANSWERED)}"
+        )
+    if not samples.single_process():
+        raise errors.ConfigError("distill.on_policy runs in one process, with as many devices as it has")
+    return policy.Options(
+        section.fraction,
+        section.max_new_tokens or parts.config.generation.max_new_tokens,
+        sampling.Sampling(temperature=section.temperature),
+        samples.stop_tokens(parts),
+        parts.config.data.max_length,
+        parts.tokenizer.pad_token_id or 0,
+        parts.prompt,
+        parts.config.seed,
     )
 
 

@@ -14,7 +14,7 @@ from tunejax.core import digest, errors, paths, table
 from tunejax.methods import report
 from tunejax.objectives import features
 from tunejax.recipes import adapter, assemble, folder, rows, runtime, samples, settings, teacher
-from tunejax.train import checkpoint, loop, metrics, sharding, state, step
+from tunejax.train import checkpoint, loop, metrics, on_policy, sharding, state, step
 
 
 def main(args: argparse.Namespace) -> int:
@@ -45,7 +45,7 @@ def run(config: schema.Config) -> dict[str, Any]:
     opened = assemble.opened(config)
     data = rows.read(config, opened.tokenizer, opened.model_config.kind, opened.prompt)
     parts = assemble.parts(config, opened, num_labels=len(data.labels), mesh=mesh)
-    cache = teacher.cache(parts, data.train)
+    cache, writes = teacher.cache(parts, data.train), teacher.on_policy(parts, data.train)
     loaders = rows.loaders(config, data, sizes, parts.tokenizer, cache)
     total = settings.total_steps(config, loaders.train.plan.steps)
     optimizer = settings.optimizer(config, total)
@@ -77,7 +77,7 @@ def run(config: schema.Config) -> dict[str, Any]:
     judge = samples.Judge(parts, one, data, loaders.evaluation)
     start_scores = samples.before(judge, begun, base, out)
     result = loop.fit(
-        one, begun, base, loaders.train, options,
+        one if writes is None else on_policy.OnPolicy(one, writes), begun, base, loaders.train, options,
         eval_loader=loaders.evaluation,
         checkpointer=saved,
         writers=lambda at: metrics.make_writers(out, config.train.report_to, at),

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,25 @@ from tunejax.train.state import TrainState
 
 Metrics = dict[str, jax.Array]
 Sums = dict[str, tuple[jax.Array, jax.Array]]
+
+
+class Steps(Protocol):
+    """What the loop asks of a `Step`; another may prepare the batch first."""
+
+    objective: Objective
+    mesh: Mesh
+
+    def __call__(self, state: TrainState, base: Params, frozen: Params, batch: Any) -> tuple[TrainState, Metrics]:
+        """See `Step`."""
+        ...
+
+    def put(self, batch: Any) -> Any:
+        """This process's rows as what a call takes."""
+        ...
+
+    def evaluate(self, state: TrainState, base: Params, frozen: Params, batch: Any) -> Sums:
+        """See `Step.evaluate`."""
+        ...
 
 
 class Step:
