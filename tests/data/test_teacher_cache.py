@@ -89,7 +89,7 @@ def test_what_is_written_is_read_where_the_tokens_are(tmp_path):
     assert where.parts > 2
     cache = read(tmp_path / "c", examples)
     for i in np.random.default_rng(1).permutation(len(examples)).tolist():
-        want, got = said(examples, i), cache.rows(i)
+        want, got = said(examples, i), cache.said(i)
         for a, b in zip(got, want, strict=True):
             np.testing.assert_array_equal(a, b)
             assert a.dtype == b.dtype
@@ -138,7 +138,7 @@ def test_a_writer_goes_on_where_it_stopped(tmp_path):
     first = (tmp_path / "c" / "part-00000.parquet").stat().st_mtime_ns
     write(tmp_path / "c", examples)
     assert (tmp_path / "c" / "part-00000.parquet").stat().st_mtime_ns == first
-    read(tmp_path / "c", examples).rows(len(examples) - 1)
+    read(tmp_path / "c", examples).said(len(examples) - 1)
 
 
 def _writes_and_dies(folder, examples, where):
@@ -168,7 +168,7 @@ def test_a_killed_writer_leaves_no_half_file(tmp_path):
     assert teacher_cache.missing(tmp_path / "c", where.parts) == list(range(1, where.parts))
     write(tmp_path / "c", examples)
     cache = read(tmp_path / "c", examples)
-    np.testing.assert_array_equal(cache.rows(len(examples) - 1).ids, said(examples, len(examples) - 1).ids)
+    np.testing.assert_array_equal(cache.said(len(examples) - 1).ids, said(examples, len(examples) - 1).ids)
 
 
 @pytest.mark.parametrize("how", ["cut", "flipped", "swapped", "emptied"])
@@ -189,7 +189,7 @@ def test_a_damaged_file_is_told(tmp_path, how):
         file.write_bytes(other.read_bytes())
     cache = read(tmp_path / "c", examples)
     with pytest.raises(errors.CheckpointError, match=r"part-00000\.parquet is damaged"):
-        _ = [cache.rows(i) for i in where.examples(0).tolist()]
+        _ = [cache.said(i) for i in where.examples(0).tolist()]
 
 
 def test_one_flipped_bit_is_found(tmp_path):
@@ -199,14 +199,14 @@ def test_one_flipped_bit_is_found(tmp_path):
     file = tmp_path / "c" / "part-00000.parquet"
     raw = file.read_bytes()
     cache, found = read(tmp_path / "c", examples), 0
-    want = [cache.rows(i) for i in where.examples(0).tolist()]
+    want = [cache.said(i) for i in where.examples(0).tolist()]
     for at in range(0, len(raw), 3):
         changed = bytearray(raw)
         changed[at] ^= 0x10
         file.write_bytes(changed)
         cache = read(tmp_path / "c", examples)
         try:
-            got = [cache.rows(i) for i in where.examples(0).tolist()]
+            got = [cache.said(i) for i in where.examples(0).tolist()]
         except errors.CheckpointError:
             found += 1
             continue

@@ -136,7 +136,9 @@ class DistillSection(Section):
     top_k: int = Field(64, ge=1, description="how many tokens a position `tunejax distill-cache` keeps")
     alpha: float = Field(0.5, ge=0, le=1, description="weight of the objective; the teacher has the rest")
     temperature: float = Field(2.0, gt=0)
-    divergence: Literal["forward_kl", "reverse_kl", "jensen_shannon", "total_variation", "decoupled"] = "forward_kl"
+    divergence: Literal["forward_kl", "reverse_kl", "jensen_shannon", "total_variation", "decoupled", "uld"] = (
+        "forward_kl"
+    )
     beta: float = Field(0.5, description="of jensen_shannon, and of the second part of decoupled")
     target_weight: float = Field(1.0, description="of the first part of decoupled")
     logits: float = Field(1.0, ge=0, description="a factor on the divergence; 0: features alone teach")
@@ -153,6 +155,8 @@ class DistillSection(Section):
             raise ValueError(f"a cache holds logits, and {features[0]} needs the teacher itself: leave one of them out")
         if not features and not self.alpha and not self.logits:
             raise ValueError("alpha and logits are 0, and neither hidden nor relations are given: nothing is learned")
+        if self.cache and self.divergence == "uld":
+            raise ValueError("divergence uld sorts whole distributions, and a cache has their likeliest tokens only")
         if self.on_policy is not None and self.alpha:
             raise ValueError(f"alpha is {self.alpha}; what the student writes is no truth to learn: on_policy needs 0")
         if self.on_policy is not None and self.cache:
@@ -297,6 +301,8 @@ class Config(Section):
             raise ValueError("data.packing does not go with objective.name: classification (one example a row)")
         if self.distill and self.distill.on_policy and (self.objective.name != "causal_lm" or self.data.packing):
             raise ValueError("distill.on_policy goes with objective.name: causal_lm and no data.packing")
+        if self.distill and self.distill.divergence == "uld" and self.objective.name != "causal_lm":
+            raise ValueError("distill.divergence: uld goes with objective.name: causal_lm")
         if self.distill and self.distill.cache and self.objective.name == "masked_lm":
             raise ValueError(
                 "distill.cache does not go with objective.name: masked_lm, which hides other tokens each step: "

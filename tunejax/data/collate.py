@@ -13,14 +13,20 @@ from tunejax.data.packing import Bin
 class Beside(Protocol):
     """Further arrays of an example, by name: (index) -> each [n, ...] for its n positions.
 
-    shapes: the shape and type of one position. digest: of all the values.
+    shapes: the shape and type of one position. rows: of arrays that belong to a whole row, of one example: how long the
+    row is, and its type. digest: of all the values.
     """
 
     shapes: Mapping[str, tuple[tuple[int, ...], Any]]
+    rows: Mapping[str, tuple[int, Any]]
     digest: str
 
     def __call__(self, index: int) -> Mapping[str, np.ndarray]:
         """The arrays of one example."""
+        ...
+
+    def row(self, index: int) -> Mapping[str, np.ndarray]:
+        """Those of ``rows`` of one example, each as long or shorter."""
         ...
 
 
@@ -62,7 +68,8 @@ def collate(
       example: index -> the example as it is shown this time (masked), instead of the store's.
       prompt: ids before each piece, whose positions count from the first of them; their targets are 0, their weights
         0 and their token_types 0.
-      beside: what else goes where an example's tokens go, [count, length, ...] each; 0 elsewhere.
+      beside: what else goes where an example's tokens go, [count, length, ...] each; 0 elsewhere. Its ``rows`` are
+        those of a row's first example.
       labelled: an example's first position carries its label (and what is beside): the prompt's first then does.
 
     token_types int32 is there where the store has them.
@@ -75,6 +82,8 @@ def collate(
     more = {} if beside is None else beside.shapes
     for name, (shape, dtype) in more.items():
         batch[name] = np.zeros((count, length, *shape), dtype)
+    if beside is not None and beside.rows:
+        batch.update(_whole_rows(rows, count, beside))
     for r, pieces in enumerate(rows):
         at = 0
         for segment, (index, start, stop) in enumerate(pieces, 1):
@@ -96,3 +105,11 @@ def collate(
             batch["segment_ids"][r, at : at + size] = segment
             at += size
     return batch
+
+
+def _whole_rows(rows: Sequence[Bin], count: int, beside: Beside) -> dict[str, np.ndarray]:
+    out = {name: np.zeros((count, size), dtype) for name, (size, dtype) in beside.rows.items()}
+    for r, pieces in enumerate(rows):
+        for name, values in beside.row(pieces[0].example).items():
+            out[name][r, : len(values)] = values
+    return out

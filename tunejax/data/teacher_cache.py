@@ -196,12 +196,13 @@ class Cache:
             "teacher_logprobs": (k, np.float32),
             "teacher_tail": ((), np.float32),
         }
+        self.rows: Mapping[str, tuple[int, Any]] = {}
         self.digest = hashlib.blake2b(repr(self.manifest).encode(), digest_size=8).hexdigest()
         self._lock = threading.Lock()
         self._files: collections.OrderedDict[int, Any] = collections.OrderedDict()
         self._groups: collections.OrderedDict[tuple[int, int], Any] = collections.OrderedDict()
 
-    def rows(self, index: int) -> Rows:
+    def said(self, index: int) -> Rows:
         """What the teacher said at the loss-bearing positions of an example. Raises CheckpointError: damaged."""
         part, group, row = (int(x[index]) for x in self._where)
         with self._lock:  # a Parquet reader is not for several threads
@@ -219,12 +220,16 @@ class Cache:
 
     def __call__(self, index: int) -> dict[str, np.ndarray]:
         """Arrays by name, each [n, ...] for the n positions of the example; 0 where nothing is learned."""
-        found, weights = self.rows(index), self._store[index].loss_weights
+        found, weights = self.said(index), self._store[index].loss_weights
         at, out = np.flatnonzero(weights), {}
         for (name, (shape, dtype)), values in zip(self.shapes.items(), found, strict=True):
             out[name] = np.zeros((len(weights), *shape), dtype)
             out[name][at] = values
         return out
+
+    def row(self, index: int) -> dict[str, np.ndarray]:
+        """Nothing belongs to a whole row."""
+        return {}
 
     def _read(self, part: int, group: int) -> Any:
         import pyarrow as pa

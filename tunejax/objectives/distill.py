@@ -16,13 +16,13 @@ import jax.numpy as jnp
 
 from tunejax.core import errors
 from tunejax.core.method import Context
-from tunejax.core.model import Batch, Model
+from tunejax.core.model import Batch, Model, full_batch
 from tunejax.core.objective import LossOutput, Objective
 from tunejax.core.paths import Params
 from tunejax.objectives import chunked, divergences, features
 from tunejax.objectives.chunked import Given, Metrics
 
-DIVERGENCES = ("forward_kl", "reverse_kl", "jensen_shannon", "total_variation", "decoupled")
+DIVERGENCES = ("forward_kl", "reverse_kl", "jensen_shannon", "total_variation", "decoupled", "uld")
 
 
 class Options(NamedTuple):
@@ -57,7 +57,9 @@ def make(
 
     Args:
       objective: any that calls ``model.hidden`` once and says by ``loss_weights`` what counts.
-      teacher: its blueprint; its vocabulary (or labels) must be the student's, entry by entry.
+      teacher: its blueprint; its vocabulary (or labels) must be the student's, entry by entry, unless the divergence is
+        "uld". A batch with teacher_tokens and teacher_mask [batch, other length] has the rows as the teacher's
+        tokenizer cuts them, and teacher_at [batch, length] says where to compare: see `data.align`.
       params: of the teacher.
       options: how they are mixed.
       terms: losses between hidden states, beside; see `features`.
@@ -77,12 +79,14 @@ def make(
             return objective.loss(model, params, frozen["objective"], batch, ctx)
         taps = tuple(dict.fromkeys(tap for term in terms for tap in term.taps))
         seen = Seen.by(objective, model, params, frozen["objective"], batch, ctx, taps)
-        hidden, theirs = jax.lax.stop_gradient(teacher.hidden(frozen["teacher"], seen.batch, taps=taps))
+        hidden, theirs = jax.lax.stop_gradient(teacher.hidden(frozen["teacher"], _read(seen.batch), taps=taps))
+        hidden, weights = _aligned(hidden, seen.batch)
         head = teacher.head(frozen["teacher"])
 
         def log_p(given: Given, count: int) -> jax.Array:
             logits = teacher.logits(given.whole, given.rows[0]).astype(jnp.float32)
-            _check_sizes(count, logits.shape[-1])
+            if options.divergence != "uld":
+                _check_sizes(count, logits.shape[-1])
             return jax.nn.log_softmax(logits / options.temperature, axis=-1)
 
         def rows(x: jax.Array, given: Given) -> tuple[jax.Array, Metrics]:
@@ -90,7 +94,7 @@ def make(
             return divergence(options, log_p(given, x.shape[-1]), log_q, given.rows[1]), {}
 
         given = Given((hidden, jnp.maximum(seen.batch["targets"], 0)), head)
-        total, weight, metrics = mixed(seen, options, model, params, rows, given, teacher.vocab_size)
+        total, weight, metrics = mixed(seen, options, model, params, rows, given, weights, teacher.vocab_size)
         return features.added((total, weight, metrics), terms, model, params, seen.batch, seen.aux, theirs)
 
     return Objective(f"{objective.name}+distill", {"objective": objective.frozen, "teacher": params}, loss)
@@ -108,6 +112,8 @@ def from_cache(objective: Objective, options: Options = Options()) -> Objective:
       ConfigError: an option out of range.
     """
     check_options(options)
+    if options.divergence == "uld":
+        raise errors.ConfigError("distill.divergence uld sorts whole distributions: it needs the teacher itself")
 
     def loss(model: Model, params: Params, frozen: Params, batch: Batch, ctx: Context) -> LossOutput:
         if not ctx.train:
@@ -123,7 +129,7 @@ def from_cache(objective: Objective, options: Options = Options()) -> Objective:
 
         cached = tuple(seen.batch[name] for name in ("teacher_ids", "teacher_logprobs", "teacher_tail"))
         given = Given((cached, jnp.maximum(seen.batch["targets"], 0)))
-        return mixed(seen, options, model, params, rows, given)
+        return mixed(seen, options, model, params, rows, given, seen.batch["loss_weights"])
 
     return Objective(f"{objective.name}+distill", objective.frozen, loss)
 
@@ -226,9 +232,13 @@ def mixed(
     params: Params,
     rows: Callable[[jax.Array, Given], tuple[jax.Array, Metrics]],
     given: Given,
+    weights: jax.Array,
     more_vocabulary: int = 0,
 ) -> LossOutput:
-    """alpha of the objective's loss and 1 - alpha of ``rows`` (per position, before T²), in sums."""
+    """alpha of the objective's loss and 1 - alpha of ``rows`` (per position, before T²), in sums.
+
+    weights: of the positions in ``rows``, [batch, length].
+    """
     hard, weight, metrics = seen.output
     if not options.logits:
         return options.alpha * hard, weight, {**metrics, "hard": hard}
@@ -238,7 +248,7 @@ def mixed(
         model.head(params),
         seen.hidden,
         given,
-        seen.batch["loss_weights"],
+        weights,
         vocab_size=model.vocab_size + more_vocabulary,
         chunk_size=options.chunk_size,
     )
@@ -246,6 +256,20 @@ def mixed(
     total = (1 - options.alpha) * options.logits * soft
     total = options.alpha * hard + total if options.alpha else total
     return total, weight, {**metrics, "hard": hard, "soft": soft}
+
+
+def _read(batch: Batch) -> Batch:
+    """What the teacher reads: the same rows, or those of its own tokenizer."""
+    return full_batch(batch["teacher_tokens"], batch["teacher_mask"]) if "teacher_tokens" in batch else batch
+
+
+def _aligned(hidden: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """The teacher's hidden states at the student's positions, and the weights of those where it has one."""
+    weights = batch["loss_weights"]
+    if "teacher_tokens" not in batch:
+        return hidden, weights
+    at = batch["teacher_at"]
+    return jnp.take_along_axis(hidden, jnp.maximum(at - 1, 0)[..., None], axis=1), weights * (at > 0)
 
 
 def divergence(options: Options, log_p: jax.Array, log_q: jax.Array, targets: jax.Array) -> jax.Array:

@@ -12,25 +12,30 @@ import jax.numpy as jnp
 from tunejax.core import errors, paths
 from tunejax.core.model import Batch, Model
 from tunejax.core.paths import Params
-from tunejax.data import teacher_cache
+from tunejax.data import align, teacher_cache
+from tunejax.data.collate import Beside
 from tunejax.data.corpus import Corpus
 from tunejax.generate import sampling
 from tunejax.models.config import ModelConfig
 from tunejax.objectives import distill, features
 from tunejax.recipes import artefact, assemble, samples
+from tunejax.recipes import rows as row_lib
 from tunejax.train import on_policy as policy
 
 ITSELF = "base"
+ALIKE = ("hidden", "relations", "on_policy")
+"""Of the section, what compares position by position."""
 OPTIONS = ("alpha", "logits", "temperature", "divergence", "beta", "target_weight")
 
 
 class Taught(NamedTuple):
     """What a run learns beside its objective. sizes: of the kernels that train beside the method, by name.
 
-    teacher: its model and parameters; None where the base teaches, or a cache.
+    teacher: its model and parameters; None where the base teaches, or a cache. aligned: it reads rows of its own.
     """
 
     teacher: tuple[Model, Params] | None = None
+    aligned: bool = False
     terms: tuple[features.Term, ...] = ()
     sizes: Mapping[str, tuple[int, int]] = {}
 
@@ -39,8 +44,10 @@ class Taught(NamedTuple):
         return parts._replace(method=features.beside(parts.method, self.sizes))
 
 
-def find(parts: assemble.Parts) -> Taught:
+def find(parts: assemble.Parts, read: Beside | None) -> Taught:
     """Opens the teacher that ``config.distill`` names, if any, and makes the terms on its features.
+
+    read: see `arrays`.
 
     Raises:
       ConfigError, CheckpointError: the teacher cannot be opened, lacks a head or a layer that is named, or tells other
@@ -49,7 +56,7 @@ def find(parts: assemble.Parts) -> Taught:
     section = parts.config.distill
     if section is None or section.cache is not None:
         return Taught()
-    found, shape = (None, parts.model_config) if section.teacher == ITSELF else opened(parts)
+    found, shape = (None, parts.model_config) if section.teacher == ITSELF else opened(parts, read is not None)
     ours, terms, sizes = parts.model_config, [], {}
     if section.hidden is not None:
         project, options = section.hidden.project, section.hidden.model_dump(exclude={"project"})
@@ -60,7 +67,7 @@ def find(parts: assemble.Parts) -> Taught:
         terms.append(features.relations(ours.num_layers, shape.num_layers, **section.relations.model_dump()))
     model, params = found or (parts.model, jax.eval_shape(parts.model.init, jax.random.key(0)))
     features.check(terms, sizes, parts.model, model, params, parts.mesh.size)
-    return Taught(found, tuple(terms), sizes)
+    return Taught(found, read is not None, tuple(terms), sizes)
 
 
 def beside(parts: assemble.Parts, taught: Taught, base: Params) -> assemble.Parts:
@@ -81,19 +88,24 @@ def beside(parts: assemble.Parts, taught: Taught, base: Params) -> assemble.Part
     if section.cache is not None:
         return parts._replace(objective=distill.from_cache(parts.objective, options))
     model, params = taught.teacher or _itself(parts, base)
-    made = distill.make(parts.objective, _blind(model, parts), params, options, taught.terms)
+    model = model if taught.aligned else _blind(model, parts)
+    made = distill.make(parts.objective, model, params, options, taught.terms)
     return parts._replace(objective=made)
 
 
-def cache(parts: assemble.Parts, rows: Corpus | None) -> teacher_cache.Cache | None:
-    """The cache that ``config.distill`` names, opened for the training rows; None where it names none.
+def arrays(parts: assemble.Parts, rows: Corpus | None) -> Beside | None:
+    """What of the teacher the batches hold: its cache, opened for the training rows, or the rows as its tokenizer reads
+    them; None where they need nothing.
 
     Raises:
-      ConfigError: there is none, it is not finished, or it was made for something else.
+      ConfigError: the cache is not there, not finished or made for something else; or what rows by another tokenizer do
+        not go with.
     """
     section = parts.config.distill
-    if section is None or section.cache is None or rows is None:
+    if section is None or rows is None:
         return None
+    if section.cache is None:
+        return _aligned(parts, rows)
     return teacher_cache.Cache(
         Path(section.cache),
         rows.store,
@@ -101,6 +113,28 @@ def cache(parts: assemble.Parts, rows: Corpus | None) -> teacher_cache.Cache | N
         temperature=section.temperature,
         tokenizer=tokenizer_digest(parts.tokenizer),
     )
+
+
+def _aligned(parts: assemble.Parts, rows: Corpus) -> align.Aligned | None:
+    """The rows by the tokenizer of the teacher, where that is another one and the divergence does not mind."""
+    section, data = parts.config.distill, parts.config.data
+    assert section is not None
+    if section.divergence != "uld" or section.teacher in (None, ITSELF):
+        return None
+    theirs, shape = artefact.reader(str(section.teacher))
+    if tokenizer_digest(theirs) == tokenizer_digest(parts.tokenizer):
+        return None
+    refused = {"data.packing": data.packing, **{f"distill.{n}": getattr(section, n) for n in ALIKE}}
+    for name, value in refused.items():
+        if value:
+            raise errors.ConfigError(
+                f"{name} does not go with a teacher of another tokenizer, and {section.teacher} has one"
+            )
+    update = {"max_length": shape.max_positions, "truncation": "end", "on_bad_row": "skip", "eval_path": None}
+    config = parts.config.model_copy(update={"data": data.model_copy(update={**update, "eos_token_id": None})})
+    read = row_lib.read(config, theirs, shape.kind).train
+    assert read is not None
+    return align.Aligned(rows.store, read.store, parts.tokenizer, theirs)
 
 
 def on_policy(parts: assemble.Parts, rows: Corpus | None) -> policy.Options | None:
@@ -179,10 +213,10 @@ def without_prompt(batch: Batch, vocab_size: int, prompt: int) -> dict[str, Any]
     }
 
 
-def opened(parts: assemble.Parts) -> tuple[tuple[Model, Params], ModelConfig]:
+def opened(parts: assemble.Parts, aligned: bool = False) -> tuple[tuple[Model, Params], ModelConfig]:
     """A run folder's tuned model, or a checkpoint, with the student's kind of head, on the student's mesh.
 
-    It takes rows without virtual tokens.
+    It takes rows without virtual tokens. aligned: they are its own tokenizer's.
 
     Raises:
       ConfigError, CheckpointError: see `find`.
@@ -204,7 +238,8 @@ def opened(parts: assemble.Parts) -> tuple[tuple[Model, Params], ModelConfig]:
         model, params, shape = tuned.parts.model, tuned.params, tuned.parts.model_config
     else:
         model, params, shape = _checkpoint(parts, name, head)
-    _check(parts, name, shape)
+    if not aligned:
+        _check(parts, name, shape)
     return (model, params), shape
 
 
@@ -212,9 +247,16 @@ def _check(parts: assemble.Parts, name: str, shape: ModelConfig) -> None:
     """Raises ConfigError where the teacher cannot be compared with the student, or does not take its rows."""
     section, ours = parts.config.distill, parts.model_config
     assert section is not None
+    theirs, known = artefact.reader(name)[0].get_vocab(), parts.tokenizer.get_vocab()
+    other = next((t for t, i in sorted(known.items(), key=lambda item: item[1]) if theirs.get(t, i) != i), None)
+    if other is not None:
+        raise errors.ConfigError(
+            f"distill.teacher {name} has another tokenizer ({other!r} is {theirs[other]} there, {known[other]} here): "
+            "set distill.divergence: uld, or train on what it writes (tunejax distill-generate)"
+        )
     labels = parts.config.model.head == "classification"
     same = shape.num_labels == ours.num_labels if labels else shape.vocab_size == ours.vocab_size
-    if section.logits and not same:
+    if section.logits and section.divergence != "uld" and not same:
         raise errors.ConfigError(
             f"distill.teacher {name} has a vocabulary of {shape.vocab_size} tokens and {shape.num_labels} labels; the "
             f"student {ours.vocab_size} and {ours.num_labels}: distilling logits needs the same ones"

@@ -45,8 +45,8 @@ def run(config: schema.Config) -> dict[str, Any]:
     opened = assemble.opened(config)
     data = rows.read(config, opened.tokenizer, opened.model_config.kind, opened.prompt)
     parts = assemble.parts(config, opened, num_labels=len(data.labels), mesh=mesh)
-    cache, writes = teacher.cache(parts, data.train), teacher.on_policy(parts, data.train)
-    loaders = rows.loaders(config, data, sizes, parts.tokenizer, cache)
+    beside, writes = teacher.arrays(parts, data.train), teacher.on_policy(parts, data.train)
+    loaders = rows.loaders(config, data, sizes, parts.tokenizer, beside)
     total = settings.total_steps(config, loaders.train.plan.steps)
     optimizer = settings.optimizer(config, total)
 
@@ -56,7 +56,7 @@ def run(config: schema.Config) -> dict[str, Any]:
     counts = table.table(loaded.params, shapes.train, shapes.edits)
     announce(parts, counts, report.describe(parts.method, loaded.params, shapes), data, total)
     fresh = {p: adapter.on_host(paths.get(loaded.params, p)) for p in loaded.fresh if p not in shapes.edits}
-    taught = teacher.find(parts)
+    taught = teacher.find(parts, beside)
     tuned, parts = parts, taught.with_method(parts)
     key = jax.random.key(config.seed)
     begun, base = state.start(parts.model, parts.method, optimizer, loaded.params, key, mesh)
@@ -113,7 +113,7 @@ def run(config: schema.Config) -> dict[str, Any]:
         "rows": data.counts(),
     }
     if config.evaluation.step_memory:
-        batch = one.put(next(iter(rows.loaders(config, data, sizes, parts.tokenizer, cache).train)))
+        batch = one.put(next(iter(rows.loaders(config, data, sizes, parts.tokenizer, beside).train)))
         summary["step_bytes"] = one.memory(result.state, base, parts.objective.frozen, batch)
     if jax.process_index():
         return summary
