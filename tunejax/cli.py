@@ -46,12 +46,14 @@ def parser() -> argparse.ArgumentParser:
     config("train", "tune a model; the same command again resumes").add_argument(
         "--keys", action="store_true", help="list every config key with its default"
     )
-    config("compare", "tune a model by several methods and compare them; the same command again resumes")
     config("distill-cache", "write what a config's teacher says of its rows, to train without the teacher; resumes")
     written = config("distill-generate", "write a config's rows with its teacher's answers, to train on; resumes")
     written.add_argument("--output", required=True, help="JSON Lines file to write")
     written.add_argument("--samples", type=int, default=1, help="answers to each prompt (default 1)")
     written.add_argument("--keep-unfinished", action="store_true", help="also answers that were cut at their limit")
+    config("compare", "train several methods on one task; writes a table, pictures and a page").add_argument(
+        "--only", action="append", metavar="LABEL", help="train only this method of the config; repeat for several"
+    )
     config("validate", "check config, files, model and targets without running")
     config("preprocess", "show rows as they will be trained on, and audit them").add_argument(
         "--rows", type=int, default=5, help="how many rows to show (default 5)"

@@ -1,8 +1,8 @@
-"""Pictures of a run, drawn from its metrics."""
+"""Pictures of a run, drawn from its metrics, and of several runs beside each other."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 EVAL = "eval_"
 
@@ -59,48 +59,87 @@ def running_mean(values: Iterable[float], decay: float = 0.9) -> list[float]:
     return out
 
 
-def pareto(
-    points: Iterable[tuple[str, float, float, float]],
-    path: Path,
-    x: str,
-    y: str,
-    *,
-    higher_wins: bool,
-    log: bool = True,
-) -> Path:
-    """Draws what a quality costs as a PNG: a labelled point a method, with its spread, and the line of the best.
+class Point(NamedTuple):
+    """What something costs, and how good it is, give or take ``spread``."""
 
-    Args:
-      points: (label, cost, mean quality, standard deviation). A cost of 0 is left out where the axis is logarithmic.
-      path: of the PNG; its folder is made.
-      x, y: names of the axes.
-      higher_wins: whether more quality is better.
-      log: whether the axis of costs is logarithmic.
+    label: str
+    cost: float
+    quality: float
+    spread: float = 0.0
+
+
+def pareto(points: Iterable[Point], path: Path, *, xlabel: str, ylabel: str, higher_wins: bool = True) -> Path | None:
+    """Draws quality against cost as a PNG, with a line through the points that no other one beats in both.
+
+    Returns:
+      ``path``, or None where there is no point.
     """
+    points = sorted(points, key=lambda p: p.cost)
+    if not points:
+        return None
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    figure = Figure(figsize=(7, 4.6), layout="constrained")
     FigureCanvasAgg(figure)
     axis = figure.add_subplot()
-    shown = [p for p in points if p[1] > 0 or not log]
-    for label, cost, mean, spread in shown:
-        axis.errorbar(cost, mean, yerr=spread, fmt="o", markersize=5, capsize=2)
-        axis.annotate(label, (cost, mean), xytext=(5, 4), textcoords="offset points", fontsize=8)
-    best = front([(cost, mean) for _, cost, mean, _ in shown], higher_wins)
-    axis.plot(*zip(*best, strict=True), color="0.6", linewidth=1, zorder=0) if len(best) > 1 else None
-    axis.set(xlabel=x, ylabel=y, xscale="log" if log and shown else "linear")
-    axis.margins(x=0.12)
+    best = unbeaten(points, higher_wins)
+    edge = [(p.cost, p.quality) for p in best]
+    axis.step(*zip(*edge, strict=True), where="post", color="tab:blue", linewidth=1, alpha=0.6, zorder=1)
+    for p in points:
+        color = "tab:blue" if p in best else "0.55"
+        axis.errorbar(p.cost, p.quality, yerr=p.spread or None, fmt="o", color=color, capsize=2, markersize=5)
+    if points[0].cost > 0 and points[-1].cost > 20 * points[0].cost:
+        axis.set_xscale("log")
+    axis.margins(x=0.12, y=0.12)
+    axis.set(xlabel=xlabel, ylabel=ylabel)
     axis.grid(alpha=0.3)
+    _write_labels(figure, axis, points)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     return path
 
 
-def front(points: Iterable[tuple[float, float]], higher_wins: bool) -> list[tuple[float, float]]:
-    """The (cost, quality) pairs that no other one beats in both, by rising cost."""
-    out: list[tuple[float, float]] = []
-    for cost, quality in sorted(points, key=lambda p: (p[0], -p[1] if higher_wins else p[1])):
-        if not out or (quality > out[-1][1] if higher_wins else quality < out[-1][1]):
-            out.append((cost, quality))
-    return out
+def unbeaten(points: Iterable[Point], higher_wins: bool = True) -> list[Point]:
+    """The Pareto front, by rising cost: each point is better than every one that costs no more."""
+    sign = 1 if higher_wins else -1
+    front: list[Point] = []
+    for p in sorted(points, key=lambda p: (p.cost, -sign * p.quality)):
+        if not front or sign * p.quality > sign * front[-1].quality:
+            front.append(p)
+    return front
+
+
+_PLACES = (
+    (6, 4, "left"),
+    (6, -11, "left"),
+    (-6, 4, "right"),
+    (-6, -11, "right"),
+    (0, 11, "center"),
+    (0, -18, "center"),
+)
+
+
+def _write_labels(figure: Any, axis: Any, points: list[Point]) -> None:
+    """Each label beside its point, at the first place where it lies over no other label or point, if there is one."""
+    figure.draw_without_rendering()
+    taken = [_around(axis.transData.transform((p.cost, p.quality))) for p in points]
+    for p in points:
+        boxes = []
+        for dx, dy, side in _PLACES:
+            text = axis.annotate(
+                p.label, (p.cost, p.quality), (dx, dy), textcoords="offset points", ha=side, fontsize=8
+            )
+            boxes.append((text, text.get_window_extent()))
+        free = [b for b in boxes if not any(b[1].overlaps(t) for t in taken)]
+        kept = (free or boxes)[0]
+        for text, _ in boxes:
+            if text is not kept[0]:
+                text.remove()
+        taken.append(kept[1])
+
+
+def _around(at: Any, radius: float = 3.0) -> Any:
+    from matplotlib.transforms import Bbox
+
+    return Bbox.from_extents(at[0] - radius, at[1] - radius, at[0] + radius, at[1] + radius)

@@ -38,11 +38,14 @@ def setup(mode: str, folder: str, remat: str, cache: str | None = None) -> commo
     cuts, constrain = method.cuts(common.LAYERS), sharding.constrainer(mesh)
     model = build.build(config, head="lm", cuts=cuts, remat=remat, constrain=constrain)
     adamw = optimizer.make_optimizer("adamw", common.LEARNING_RATE, weight_decay=common.WEIGHT_DECAY)
+    update, key = steps.make_step(model, method, causal_lm.make(), adamw, mesh=mesh), jax.random.key(0)
+    planned = state.plan(model, method, adamw, jax.eval_shape(model.init, key), key, mesh)
+    like = batch(np.zeros((common.BATCH, common.LENGTH + 1), np.int32))
+    update.prepare(*planned, {}, sharding.abstract_batch(like, mesh))
     params, _ = hf.load(folder, config, head="lm", cuts=cuts)
-    held, base = state.start(model, method, adamw, params, jax.random.key(0), mesh)
+    held, base = state.start(model, method, adamw, params, key, mesh)
     del params
     trained = state.count(held.train)
-    update = steps.make_step(model, method, causal_lm.make(), adamw, mesh=mesh)
 
     def step(rows: np.ndarray) -> float:
         nonlocal held

@@ -214,6 +214,7 @@ def test_labels_are_distilled_at_the_labelled_position():
     assert {"hard", "soft", "accuracy"} <= set(metrics)
     alone = classification.make().loss(m, p, {}, batch, Context())
     jax.tree.map(np.testing.assert_array_equal, objective.loss(m, p, objective.frozen, batch, Context()), alone)
+    assert "matthews" in objective.scores({"confusion": np.eye(3)})
 
 
 @pytest.mark.parametrize(

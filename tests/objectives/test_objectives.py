@@ -81,6 +81,39 @@ def test_classification_reads_the_labelled_position_and_ignores_empty_rows():
         assert (float(right), float(of)) == (float((logits.argmax(-1).numpy() == labels[:5]).sum()), 5.0)
 
 
+@pytest.mark.parametrize("labels", [2, 3])
+def test_matthews_is_the_correlation_of_labels_and_predictions(labels):
+    model, params = toy(labels)
+    rng = np.random.default_rng(labels)
+    objective = classification.make()
+    totals, true, said = None, [], []
+    for i in range(3):
+        weights = np.zeros((20, 9), np.float32)
+        weights[: 20 - i, 0] = 1
+        tokens, targets = rng.integers(0, VOCAB, (20, 9)), rng.integers(0, labels, (20, 9))
+        logits = np.asarray(params["table"])[tokens[:, 0]] @ np.asarray(params["head"])
+        targets[:10, 0] = logits.argmax(-1)[:10]
+        b = {**batch(20), "tokens": tokens, "targets": targets, "loss_weights": weights}
+        found = objective.loss(model, params, {}, b, EVAL)[2]
+        totals = found if totals is None else jax.tree.map(jnp.add, totals, found)
+        true.append(targets[: 20 - i, 0])
+        said.append(logits.argmax(-1)[: 20 - i])
+    scores = objective.scores({name: total / weight for name, (total, weight) in totals.items()})
+    x, y = (np.eye(labels)[np.concatenate(k)] for k in (true, said))
+    x, y = x - x.mean(0), y - y.mean(0)
+    want = (x * y).sum() / np.sqrt((x * x).sum() * (y * y).sum())
+    assert 0.1 < want < 0.9
+    np.testing.assert_allclose(scores["matthews"], want, rtol=1e-5)
+    if labels == 2:
+        np.testing.assert_allclose(want, np.corrcoef(np.concatenate(true), np.concatenate(said))[0, 1])
+    assert set(scores) == {"accuracy", "matthews"}
+    assert "confusion" not in objective.loss(model, params, {}, b, TRAIN)[2]
+
+
+def test_matthews_of_one_answer_is_zero():
+    assert classification.matthews(np.array([[3.0, 0.0], [2.0, 0.0]])) == 0.0
+
+
 def test_masking_in_the_program():
     rng = np.random.default_rng(0)
     tokens = rng.integers(5, VOCAB, (64, 200)).astype(np.int32)

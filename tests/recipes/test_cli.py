@@ -9,7 +9,7 @@ import pytest
 from tunejax import cli
 from tunejax.core import errors
 
-VERBS = ("train", "validate", "preprocess", "evaluate", "generate", "export", "methods", "env")
+VERBS = ("train", "compare", "validate", "preprocess", "evaluate", "generate", "export", "methods", "env")
 
 
 def test_help_needs_nothing_heavy():

@@ -142,3 +142,31 @@ def test_an_optax_optimiser_will_do():
     s, _ = state.start(toy.model(), toy.low_rank(), optax.lion(1e-3), toy.model().init(jax.random.key(0)),
                        jax.random.key(1), mesh)  # fmt: skip
     assert state.count(s.opt_state) > 0
+
+
+def test_time_and_memory_of_the_steps_go_on_over_a_stop(parts, tmp_path):
+    keeper = checkpoint.Checkpointer(tmp_path)
+    options = {"max_steps": 4, "eval_steps": 2, "logging_steps": 1}
+    first = fit(parts, toy.Loader(), options=options, checkpointer=keeper, eval_loader=lambda: toy.Loader(total=1))
+    tokens = [int(np.count_nonzero(toy.batch(i)["segment_ids"])) for i in range(6)]
+    assert first.watch.tokens == sum(tokens[1:4])
+    assert not first.watch.running
+    times = [h["train_seconds"] for h in first.history]
+    assert times == sorted(times)
+    assert 0 < times[-1] <= first.watch.seconds
+    again = fit(parts, toy.Loader(), options={**options, "max_steps": 6}, checkpointer=keeper)
+    assert again.watch.tokens == sum(tokens[1:4]) + tokens[5]
+    assert again.watch.seconds > first.watch.seconds
+    assert again.memory == first.memory
+    keeper.close()
+
+
+def test_memory_of_the_step_is_what_the_compiler_says(parts):
+    one, begin = parts
+    held, base = begin()
+    placed = one.put(toy.batch(0))
+    given = state.nbytes((held, base, placed))
+    found = fit(parts, toy.Loader(), options={"max_steps": 1}).memory
+    assert found == one.memory(held, base, {}, placed)
+    assert given < found < 100 * given
+    assert fit(parts, iter([toy.batch(0), toy.batch(1, 32)])).memory > found

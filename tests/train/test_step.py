@@ -204,3 +204,42 @@ def test_objectives_may_have_frozen_parameters():
     np.testing.assert_allclose(metrics["teacher"], first["teacher"][0] / first["teacher"][1], rtol=1e-5)
     np.testing.assert_allclose(metrics["rows"], first["rows"][0] / 4.0, rtol=1e-6)
     assert teacher["head"]["kernel"].is_deleted() is False
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2)])
+@pytest.mark.parametrize("make", [toy.full, toy.low_rank])
+def test_a_prepared_step_is_compiled_once_and_before_the_weights_are_there(shape, make):
+    mesh, key, compiled = mesh_of(*shape), jax.random.key(0), []
+    expected = run(mesh, 2, method=make())[0]
+    model, method, optimizer = toy.model(constrain=sharding.constrainer(mesh)), make(), optax.adam(1e-2)
+    planned = state.plan(model, method, optimizer, jax.eval_shape(model.init, key), key, mesh)
+    one = step.make_step(model, method, causal_lm.make(chunk_size=5), optimizer, mesh=mesh)
+
+    def note(event, seconds, **about):
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(about["fun_name"])
+
+    jax.monitoring.register_event_duration_secs_listener(note)
+    try:
+        one.prepare(*planned, {}, sharding.abstract_batch(toy.batch(0, 8), mesh))
+        s, base = state.start(model, method, optimizer, model.init(jax.random.key(1)), key, mesh)
+        like = jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), (s, base))
+        assert jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), planned) == like
+        losses = []
+        for i in range(2):
+            s, metrics = one(s, base, {}, one.put(toy.batch(i, 8)))
+            losses.append(metrics["loss"])
+    finally:
+        jax.monitoring.unregister_event_duration_listener(note)
+    assert sum("update" in name for name in compiled) == 1
+    np.testing.assert_array_equal(losses, expected)
+
+
+def test_what_fails_to_compile_is_told_by_the_first_call(monkeypatch):
+    s, base, one = begin(mesh_of())
+    lowered = type("Lowered", (), {"compile": lambda self: 1 / 0})()
+    monkeypatch.setattr(one, "lower", lambda *_: lowered)
+    one.prepare(s, base, {}, toy.batch(0))
+    with pytest.raises(ZeroDivisionError):
+        one(s, base, {}, one.put(toy.batch(0)))
+    one(s, base, {}, one.put(toy.batch(0)))

@@ -80,8 +80,10 @@ def read_file(path: str | Path) -> dict[str, Any]:
     return raw
 
 
-def override(raw: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
+def override(raw: dict[str, Any], assignments: list[str], strict: bool = True) -> dict[str, Any]:
     """``raw`` with ``dotted.key=value`` applied in order; values are YAML. A number walks into a list.
+
+    strict: refuse keys that the config of a run does not have.
 
     Raises:
       ConfigError: not of that form, or an unknown key, with the nearest one.
@@ -93,7 +95,7 @@ def override(raw: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
             raise errors.ConfigError(
                 f"override {text!r} is not of the form key=value, such as train.learning_rate=1e-4"
             )
-        if not _is_known(name, known):
+        if strict and not _is_known(name, known):
             raise errors.ConfigError(f"override {text!r}: unknown key {name!r}. {_hint(name, known)}")
         raw = _set(raw, name.split("."), parse_yaml(value, f"override {text!r}"), text)
     return raw
@@ -126,14 +128,20 @@ def check(raw: dict[str, Any], origin: str = "config") -> schema.Config:
     try:
         return schema.Config.model_validate(raw)
     except ValidationError as e:
-        problems = e.errors()
-    known = keys()
-    lines = [f"  {explain(p, known)}" for p in problems]
+        said = problems(e, keys(), origin)
+    if "compare" in raw:
+        said = f"{origin} is a config of tunejax compare: it has a section 'compare'"
+    raise errors.ConfigError(said)
+
+
+def problems(error: ValidationError, known: list[str], origin: str, prefix: str = "") -> str:
+    """Every problem of a config, a line each. known: its keys; prefix: put before each."""
+    lines = [f"  {prefix}{_explain(p, known)}" for p in error.errors()]
     count = f"{len(lines)} problem{'s' if len(lines) > 1 else ''}"
-    raise errors.ConfigError(f"{origin}: {count}\n" + "\n".join(dict.fromkeys(lines)))
+    return f"{origin}: {count}\n" + "\n".join(dict.fromkeys(lines))
 
 
-def explain(problem: Any, known: list[str]) -> str:
+def _explain(problem: Any, known: list[str]) -> str:
     """One line about a problem that pydantic found; ``known`` are the keys that could have been meant."""
     name = ".".join(str(x) for x in problem["loc"]) or "config"
     kind, found = problem["type"], problem["input"]

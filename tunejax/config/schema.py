@@ -260,7 +260,6 @@ class EvaluationSection(Section):
 
     exact_match: bool | None = Field(None, description="generate and compare; by default for prompt_completion rows")
     max_rows: int = Field(200, ge=1, description="rows that exact match generates for")
-    step_memory: bool = Field(False, description="also report the memory of a training step (traces it once more)")
 
 
 class Config(Section):

@@ -17,12 +17,16 @@ class Objective(NamedTuple):
 
     frozen: a teacher's or reference's parameters: sharded, never donated, never a constant of the program.
     loss:   (model, params, frozen, batch, ctx) -> (loss_sum, weight_sum, metrics); metrics are sums too, each to be
-            divided by weight_sum, unless it is a pair (sum, weight) of its own.
+            divided by weight_sum, unless it is a pair (sum, weight) of its own. Scalars while ctx.train; in evaluation
+            a sum may be an array, of which ``scores`` makes numbers.
+    scores: (means over all rows of an evaluation, by name) -> scores by name, for what is no mean over rows (a
+            correlation, an F1).
     """
 
     name: str
     frozen: Params
     loss: Callable[[Model, Params, Params, Batch, Context], LossOutput]
+    scores: Callable[[dict[str, Any]], dict[str, Any]] = dict
 
 
 def mean(total: Any, weight: Any) -> Any:

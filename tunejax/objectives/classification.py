@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from tunejax.core.method import Context
 from tunejax.core.model import Batch, Model
@@ -22,7 +23,7 @@ def make(*, label_smoothing: float = 0.0, class_weights: tuple[float, ...] | Non
       label_smoothing: e of (1 - e) one_hot + e / labels.
       class_weights: a factor on the loss_weight of each label's rows, so the mean is weighted, as in torch.
 
-    Metrics: accuracy (unweighted by class).
+    Metrics: accuracy (unweighted by class); in evaluation also matthews, as of `matthews`.
     """
     causal_lm.check_options(label_smoothing)
 
@@ -35,9 +36,32 @@ def make(*, label_smoothing: float = 0.0, class_weights: tuple[float, ...] | Non
         losses -= label_smoothing * jnp.mean(logp, axis=-1)
         correct = (jnp.argmax(x, axis=-1) == labels).astype(jnp.float32)
         metrics: dict[str, Any] = {"accuracy": (jnp.sum(rows * correct), jnp.sum(rows))}
+        if not ctx.train:
+            true, said = (jax.nn.one_hot(k, x.shape[-1]) for k in (labels, jnp.argmax(x, axis=-1)))
+            metrics["confusion"] = (jnp.einsum("r,rt,rs->ts", rows, true, said), jnp.sum(rows))
         return jnp.sum(weights * losses), jnp.sum(weights), metrics
 
-    return Objective("classification", {}, loss)
+    return Objective("classification", {}, loss, scores)
+
+
+def scores(means: dict[str, Any]) -> dict[str, Any]:
+    """``means`` with matthews instead of the confusion matrix."""
+    return {**{k: v for k, v in means.items() if k != "confusion"}, "matthews": matthews(means["confusion"])}
+
+
+def matthews(confusion: Any) -> float:
+    """Matthews' correlation of labels and predictions, from -1 to 1; 0 where either is always the same.
+
+    Of several classes it is Gorodkin's R_K (2004, doi:10.1016/j.compbiolchem.2004.09.006, equation 8).
+
+    Args:
+      confusion: [labels, predictions], counts or shares.
+    """
+    c = np.asarray(confusion, np.float64)
+    c = c / max(c.sum(), 1e-9)
+    true, said = c.sum(1), c.sum(0)
+    spread = (1 - np.sum(true**2)) * (1 - np.sum(said**2))
+    return float((np.trace(c) - true @ said) / np.sqrt(spread)) if spread > 1e-12 else 0.0
 
 
 def labelled(model: Model, params: Params, hidden: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:

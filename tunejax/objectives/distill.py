@@ -97,7 +97,8 @@ def make(
         total, weight, metrics = mixed(seen, options, model, params, rows, given, weights, teacher.vocab_size)
         return features.added((total, weight, metrics), terms, model, params, seen.batch, seen.aux, theirs)
 
-    return Objective(f"{objective.name}+distill", {"objective": objective.frozen, "teacher": params}, loss)
+    frozen = {"objective": objective.frozen, "teacher": params}
+    return Objective(f"{objective.name}+distill", frozen, loss, objective.scores)
 
 
 def from_cache(objective: Objective, options: Options = Options()) -> Objective:
@@ -131,7 +132,7 @@ def from_cache(objective: Objective, options: Options = Options()) -> Objective:
         given = Given((cached, jnp.maximum(seen.batch["targets"], 0)))
         return mixed(seen, options, model, params, rows, given, seen.batch["loss_weights"])
 
-    return Objective(f"{objective.name}+distill", objective.frozen, loss)
+    return Objective(f"{objective.name}+distill", objective.frozen, loss, objective.scores)
 
 
 def bucketed(ids: jax.Array, log_p: jax.Array, tail: jax.Array, log_q: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -173,11 +173,16 @@ def objective(config: schema.Config, tokenizer: Any) -> Objective:
     return make(**{k: tuple(v) if isinstance(v, list) else v for k, v in options.items()})
 
 
+def shapes(p: Parts) -> paths.Params:
+    """The parameters' shapes, which carry shardings; nothing is read."""
+    found = jax.eval_shape(p.model.init, jax.random.key(0))
+    return sharding.abstract(found, sharding.params_shardings(p.mesh, sharding.RULES, p.model.axes, found))
+
+
 def load(p: Parts) -> Loaded:
     """The checkpoint on the mesh, a fresh head drawn from the seed, and the digest of what was read."""
     key = jax.random.fold_in(jax.random.key(p.config.seed), 7)
-    shapes = jax.eval_shape(p.model.init, key)
-    places = sharding.params_shardings(p.mesh, sharding.RULES, p.model.axes, shapes)
+    places = jax.tree.map(lambda x: x.sharding, shapes(p))
     if p.config.model.random_init:
         params, report = jax.jit(p.model.init, out_shardings=places)(key), hf.LoadReport([], [])
     else:

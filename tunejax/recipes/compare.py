@@ -1,182 +1,193 @@
-"""`tunejax compare CONFIG`: one task, several methods and seeds, one table and its pictures."""
+"""`tunejax compare CONFIG`: many methods on one task, each with several seeds; then a table, pictures and a page.
+
+All runs are those of `tunejax train`, one after the other in one process; memory is what the compiler says of each
+step, so what another run has left behind does not count. The same command again goes on where it was stopped.
+"""
 
 import argparse
-import csv
-import io
-import statistics
+import gc
+import json
 import sys
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from tunejax import plots
-from tunejax.config import compare as compare_config
-from tunejax.config import schema
+import jax
+import numpy as np
+import yaml
+
+from tunejax.config import compare, schema
 from tunejax.core import errors
-from tunejax.recipes import folder, page, train
+from tunejax.core import method as methods
+from tunejax.recipes import assemble, folder, runtime, settings, standings, train, validate
+from tunejax.train import step
 
-COSTS = {
-    "trained": "trained parameters",
-    "step_bytes": "memory of a step (bytes)",
-    "optimizer_bytes": "optimiser state (bytes)",
-    "microseconds": "microseconds a token",
-}
-
-
-class Line(NamedTuple):
-    """A method in the table; means over the seeds that finished. failed: seed -> why it has no number."""
-
-    label: str
-    metric: float | None
-    spread: float
-    trained: int
-    share: float
-    optimizer_bytes: int
-    step_bytes: int
-    tokens_per_second: float
-    steps_to_target: float | None
-    failed: dict[int, str]
-
-    @property
-    def microseconds(self) -> float:
-        """Of training, a token; 0 where nothing was trained."""
-        return 1e6 / self.tokens_per_second if self.tokens_per_second else 0.0
+RECORD = "compare.yaml"
 
 
 def main(args: argparse.Namespace) -> int:
-    """Trains what is not trained yet and writes table and pictures; 1 where a run failed."""
-    section, runs = compare_config.read(args.config, args.overrides)
-    out = Path(next(iter(runs.values())).output_dir).parents[2]
-    lines = compare(section, runs, out)
-    print(markdown(lines, section))
-    print(f"\n{out}: table.md, table.csv, table.json, index.html and pictures")
-    return int(any(line.failed for line in lines))
+    """Runs the comparison; 0, or 1 where a run failed or its result is not what its ``expected`` says."""
+    comparison = compare.load_comparison(args.config, args.overrides)
+    runs = chosen(comparison, args.only)
+    check(comparison)
+    begin(comparison)
+    stopped = run_all(comparison, runs)
+    found = standings.collect(comparison)
+    if not lead():
+        return 0
+    standings.write(found, comparison.folder)
+    print(found.markdown())
+    if stopped:
+        print(f"stopped by {stopped}; the same command goes on from there")
+        return 0
+    bad = [f"{r.label}, seed {r.seed}: {r.reason}" for r in found.runs if r.status == "failed"]
+    bad += [f"{r.label}, seed {r.seed}: {line}" for r in runs for line in missed(r)]
+    for line in bad:
+        print(f"tunejax: {line}", file=sys.stderr)
+    print(f"table, pictures and page: {comparison.folder}")
+    return 1 if bad else 0
 
 
-def compare(
-    section: compare_config.CompareSection, runs: dict[tuple[str, int], schema.Config], out: Path
-) -> list[Line]:
-    """Runs each config, or reads it where it is finished, and writes the results so far after each.
+def chosen(comparison: compare.Comparison, only: list[str] | None) -> list[compare.Run]:
+    """The runs to make. Raises ConfigError on a label that the comparison does not have."""
+    labels = list(comparison.section.methods)
+    for label in only or ():
+        if label not in labels:
+            raise errors.ConfigError(f"--only: no method is labelled {label!r}. {errors.did_you_mean(label, labels)}")
+    return [r for r in comparison.runs if not only or r.label in only]
 
-    A run that fails is kept in the table with its reason; the others go on.
+
+def check(comparison: compare.Comparison) -> None:
+    """Everything that can be known before the first run. Raises TunejaxError, naming the method; writes nothing."""
+    out = comparison.folder
+    if out.exists() and not (out.is_dir() and ((out / RECORD).is_file() or not any(out.iterdir()))):
+        raise errors.ConfigError(f"output_dir {out} is there and not of a comparison (it has no {RECORD})")
+    for run in comparison.runs:
+        with _named(run.label):
+            folder.claim(run.config)
+    runtime.begin()
+    for run in {r.label: r for r in comparison.runs}.values():
+        with _named(run.label):
+            check_method(run.config, comparison.section.metric)
+
+
+def check_method(config: schema.Config, metric: str) -> None:
+    """One run's files, method, targets and settings, and that it measures ``metric``, without reading weights.
 
     Raises:
-      ConfigError: a run's folder belongs to another config; the metric is not in a finished run's summary.
+      TunejaxError: what does not fit.
     """
-    for config in runs.values():
-        folder.claim(config)
-    found: dict[tuple[str, int], dict[str, Any]] = {}
-    lines: list[Line] = []
-    for i, ((label, seed), config) in enumerate(runs.items(), 1):
-        print(f"[{i}/{len(runs)}] {label}, seed {seed}", file=sys.stderr, flush=True)
-        found[label, seed] = one(config)
-        if found[label, seed].get("stopped", "").startswith("SIG"):
-            raise errors.TunejaxError(f"stopped in {config.output_dir}; the same command goes on from there")
-        lines = [line(name, section, runs, found) for name in section.methods if any(k[0] == name for k in found)]
-        write(out, lines, section)
-    return lines
+    validate.check_files(config)
+    if not config.data.eval_path:
+        raise errors.ConfigError("no rows to measure quality on: set data.eval_path")
+    opened = assemble.opened(config)
+    parts = assemble.parts(config, opened)
+    settings.batches(config, parts.mesh)
+    settings.optimizer(config, total_steps=1000)
+    known = score_names(parts)
+    if metric not in known:
+        raise errors.ConfigError(f"compare.metric: {metric!r} is not measured. {errors.did_you_mean(metric, known)}")
 
 
-def one(config: schema.Config) -> dict[str, Any]:
-    """The summary of a run, with its failure as ``error``."""
+def score_names(parts: assemble.Parts) -> list[str]:
+    """The scores that a run of these parts may measure on its held-out rows, each with "eval_" before it.
+
+    The evaluation is traced, not run; so patterns of the method that match nothing raise TargetError here.
+    """
+    length = parts.config.data.max_length
+    whole = jax.ShapeDtypeStruct((2, length), np.int32)
+    names = ("tokens", "targets", "positions", "segment_ids", "token_types")
+    batch = {**dict.fromkeys(names, whole), "loss_weights": jax.ShapeDtypeStruct((2, length), np.float32)}
+
+    def sums(key: Any, batch: Any) -> Any:
+        params = parts.model.init(key)
+        begun = parts.method.init(key, params)
+        base = methods.apply_edits(params, begun.edits)
+        return step.evaluate(parts.model, parts.method, parts.objective, begun.train, begun.state, base, {}, batch)
+
+    totals = jax.eval_shape(sums, jax.random.key(0), batch)
+    found = set(parts.objective.scores({name: np.zeros(total.shape) for name, (total, _) in totals.items()}))
+    if parts.config.model.head != "classification":
+        found |= {"perplexity", "exact_match"}
+    return sorted(f"eval_{name}" for name in found)
+
+
+def begin(comparison: compare.Comparison) -> None:
+    """Makes the folder and says in it what is compared."""
+    if not lead():
+        return
+    record = {"name": comparison.name, "compare": comparison.section.model_dump(mode="json")}
+    folder.write(comparison.folder / RECORD, yaml.safe_dump(record, sort_keys=False, allow_unicode=True))
+
+
+def run_all(comparison: compare.Comparison, runs: list[compare.Run]) -> str:
+    """Makes the runs that are not finished or failed. Returns the signal that stopped it, or ""."""
+    todo = [r for r in runs if not finished(r) and not failure(r).is_file()]
+    if len(todo) < len(runs):
+        print(f"{len(runs) - len(todo)} of {len(runs)} runs are there already")
+    for run in runs:
+        if failure(run).is_file():
+            print(f"{run.label}, seed {run.seed} failed before; remove {failure(run)} to try it again")
+    begun = time.perf_counter()
+    for i, run in enumerate(todo):
+        left = (time.perf_counter() - begun) / i * (len(todo) - i) if i else None
+        about = "" if left is None else f", about {standings.duration(left)} to go"
+        print(f"\n[{i + 1} of {len(todo)}{about}] {run.label}, seed {run.seed}", flush=True)
+        stopped = run_one(run)
+        if stopped:
+            return stopped
+        if lead():
+            standings.collect(comparison).save(comparison.folder)
+        if i + 1 < len(todo) and todo[i + 1].label != run.label:
+            jax.clear_caches()  # programs of this method serve no other one
+        gc.collect()
+    return ""
+
+
+def run_one(run: compare.Run) -> str:
+    """One run. A failure is written down beside its folder. Returns the signal that stopped it, or ""."""
     try:
-        return train.run(config)
+        stopped = train.run(run.config).get("stopped", "")
+        return stopped if stopped.startswith("SIG") else ""
     except errors.TunejaxError as e:
-        return {"error": str(e).splitlines()[0]}
+        note = {"reason": str(e)}
+    except Exception as e:  # such as a lack of memory: the other methods may well fit
+        note = {"reason": f"{type(e).__name__}: {e}", "traceback": traceback.format_exc()}
+    print(f"failed: {note['reason']}", file=sys.stderr, flush=True)
+    if lead():
+        folder.write_json(failure(run), note)
+    return ""
 
 
-def line(
-    label: str,
-    section: compare_config.CompareSection,
-    runs: dict[tuple[str, int], schema.Config],
-    found: dict[tuple[str, int], dict[str, Any]],
-) -> Line:
-    """The line of one method from the summaries of its seeds."""
-    mine = {seed: s for (name, seed), s in found.items() if name == label}
-    done = {seed: s for seed, s in mine.items() if "error" not in s}
-    for s in done.values():
-        if section.metric not in s:
-            near = errors.did_you_mean(section.metric, [k for k, v in s.items() if isinstance(v, float)])
-            raise errors.ConfigError(f"compare.metric is {section.metric!r}, which the summaries do not have. {near}")
-    values = [s[section.metric] for s in done.values()]
-    logged = {seed: folder.read_rows(Path(runs[label, seed].output_dir) / "metrics.jsonl") for seed in done}
-    speeds = [r["tokens_per_second"] for rows in logged.values() for r in rows if "tokens_per_second" in r]
-    any_ = next(iter(done.values()), {})
-    return Line(
-        label,
-        statistics.mean(values) if values else None,
-        statistics.stdev(values) if len(values) > 1 else 0.0,
-        any_.get("trained_parameters", 0),
-        any_.get("trained_parameters", 0) / max(any_.get("all_parameters", 1), 1),
-        any_.get("optimizer_bytes", 0),
-        any_.get("step_bytes", 0),
-        statistics.median(speeds) if speeds else 0.0,
-        _mean_or_none([reached(rows, section) for rows in logged.values()]),
-        {seed: s["error"] for seed, s in mine.items() if "error" in s},
-    )
+def lead() -> bool:
+    """Whether this is the process that writes."""
+    return jax.process_index() == 0
 
 
-def reached(rows: list[dict[str, Any]], section: compare_config.CompareSection) -> int | None:
-    """The step of the first evaluation at which the metric was as good as the target, or None."""
-    for row in rows:
-        value = row.get(section.metric)
-        if section.target is not None and value is not None:
-            met = value >= section.target if section.higher_wins else value <= section.target
-            if met:
-                return int(row["step"])
-    return None
+def failure(run: compare.Run) -> Path:
+    """The file that says why a run failed."""
+    return standings.failure(Path(run.config.output_dir))
 
 
-def _mean_or_none(values: list[int | None]) -> float | None:
-    known = [v for v in values if v is not None]
-    return statistics.mean(known) if known and len(known) == len(values) else None
+def finished(run: compare.Run) -> bool:
+    """Whether it has a summary."""
+    return (Path(run.config.output_dir) / "summary.json").is_file()
 
 
-def ranked(lines: list[Line], section: compare_config.CompareSection) -> list[Line]:
-    """The best first; methods without a number last."""
-    worst = float("-inf") if section.higher_wins else float("inf")
-    return sorted(lines, key=lambda x: worst if x.metric is None else x.metric, reverse=section.higher_wins)
+def missed(run: compare.Run) -> list[str]:
+    """What the summary of a finished run has outside the ranges that its config expects."""
+    if not finished(run):
+        return []
+    text = (Path(run.config.output_dir) / "summary.json").read_text(encoding="utf-8")
+    return train.check_expected(run.config, json.loads(text))
 
 
-def cells(x: Line, section: compare_config.CompareSection) -> dict[str, str]:
-    """What the table shows of a line, by column."""
-    shown = {"method": x.label, section.metric: "failed" if x.metric is None else f"{x.metric:.4f} ± {x.spread:.4f}"}
-    shown |= {
-        "trained": f"{x.trained:,}",
-        "share": f"{100 * x.share:.3g}%",
-        "optimiser MB": f"{x.optimizer_bytes / 1e6:.2f}",
-        "step MB": f"{x.step_bytes / 1e6:.1f}",
-        "tokens/s": f"{x.tokens_per_second:,.0f}",
-    }
-    if section.target is not None:
-        shown[f"steps to {section.target:g}"] = "-" if x.steps_to_target is None else f"{x.steps_to_target:.0f}"
-    return shown
-
-
-def markdown(lines: list[Line], section: compare_config.CompareSection) -> str:
-    """The table, and below it why runs failed."""
-    rows = [cells(x, section) for x in ranked(lines, section)]
-    head = list(rows[0])
-    out = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    out += ["| " + " | ".join(r.values()) + " |" for r in rows]
-    return "\n".join(out + [f"\n{x.label}, seed {seed}: {why}" for x in lines for seed, why in x.failed.items()])
-
-
-def write(out: Path, lines: list[Line], section: compare_config.CompareSection) -> None:
-    """table.md, table.csv, table.json, a picture a cost, and index.html with all of them inside."""
-    rows = [cells(x, section) for x in ranked(lines, section)]
-    text = io.StringIO()
-    fields = csv.DictWriter(text, ["metric", *(f for f in Line._fields if f not in ("metric", "failed"))])
-    fields.writeheader()
-    fields.writerows({k: v for k, v in x._asdict().items() if k != "failed"} for x in lines)
-    folder.write(out / "table.md", markdown(lines, section) + "\n")
-    folder.write(out / "table.csv", text.getvalue())
-    folder.write_json(out / "table.json", {"compare": section.model_dump(), "lines": [x._asdict() for x in lines]})
-    known = [x for x in lines if x.metric is not None]
-    pictures = []
-    for name, title in COSTS.items():
-        points = [(x.label, float(getattr(x, name)), float(x.metric or 0), x.spread) for x in known]
-        pictures.append(
-            plots.pareto(points, out / f"{name}.png", title, section.metric, higher_wins=section.higher_wins)
-        )
-    failures = [f"{x.label}, seed {seed}: {why}" for x in lines for seed, why in x.failed.items()]
-    folder.write(out / "index.html", page.html(f"{section.metric} by method", rows, pictures, failures))
+@contextmanager
+def _named(label: str) -> Iterator[None]:
+    try:
+        yield
+    except errors.TunejaxError as e:
+        raise type(e)(f"compare.methods.{label}: {e}") from None

@@ -20,6 +20,13 @@ def begin() -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 
+def devices() -> str:
+    """How many devices of what kind: "8 x TPU v5e"."""
+    import jax
+
+    return f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+
+
 def _several() -> bool:
     return "JAX_COORDINATOR_ADDRESS" in os.environ or "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
 

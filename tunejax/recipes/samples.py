@@ -54,7 +54,12 @@ class Judge(NamedTuple):
         config = self.parts.config
         match = wants_match(config, self.rows)
         limit = config.evaluation.max_rows if match else config.generation.num_samples
-        if not generates(self.parts) or self.rows.held_out is None or (config.generation.prompts and not match):
+        if (
+            not limit
+            or not generates(self.parts)
+            or self.rows.held_out is None
+            or (config.generation.prompts and not match)
+        ):
             return []
         if self.rows.held_out.report.format not in ANSWERED:
             return []

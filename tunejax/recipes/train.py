@@ -50,6 +50,13 @@ def run(config: schema.Config) -> dict[str, Any]:
     total = settings.total_steps(config, loaders.train.plan.steps)
     optimizer = settings.optimizer(config, total)
 
+    # The step compiles while the base is read; a teacher's objective is not whole yet.
+    key = jax.random.key(config.seed)
+    one = training_step(parts, optimizer, sizes)
+    if config.distill is None:
+        planned = state.plan(parts.model, parts.method, optimizer, assemble.shapes(parts), key, mesh)
+        one.prepare(*planned, {}, sharding.abstract_batch(loaders.train.build(0), mesh))
+
     # The base, its digest, and what the method makes of it.
     loaded = assemble.load(parts)
     shapes = jax.eval_shape(parts.method.init, jax.random.key(0), loaded.params)
@@ -58,18 +65,15 @@ def run(config: schema.Config) -> dict[str, Any]:
     fresh = {p: adapter.on_host(paths.get(loaded.params, p)) for p in loaded.fresh if p not in shapes.edits}
     taught = teacher.find(parts, beside)
     tuned, parts = parts, taught.with_method(parts)
-    key = jax.random.key(config.seed)
     begun, base = state.start(parts.model, parts.method, optimizer, loaded.params, key, mesh)
-    parts = teacher.beside(parts, taught, base)
+    if config.distill is not None:
+        parts = teacher.beside(parts, taught, base)
+        one = training_step(parts, optimizer, sizes)
     loaded = loaded._replace(params={})  # what trains whole has moved out of it
 
     # The loop. From here on files are written.
     if jax.process_index() == 0:
         folder.begin(config)
-    one = step.make_step(
-        parts.model, parts.method, parts.objective, optimizer, mesh=mesh, accumulate=sizes.accumulate,
-        max_grad_norm=config.train.max_grad_norm,
-    )  # fmt: skip
     options = settings.loop_options(config, total)
     saved = checkpoint.Checkpointer(
         out / "checkpoints", keep=config.train.save_total_limit, greater_is_better=options.higher_wins
@@ -108,13 +112,15 @@ def run(config: schema.Config) -> dict[str, Any]:
         "skipped_updates": int(result.state.nonfinite[1]),
         "trained_parameters": counts.trained,
         "all_parameters": counts.total + counts.added,
-        "optimizer_bytes": sum(x.nbytes for x in jax.tree.leaves(result.state.opt_state)),
+        "trained_share": counts.share,
+        "optimizer_bytes": state.nbytes(result.state.opt_state),
+        "step_memory_bytes": result.memory,
+        "tokens_per_second": result.watch.tokens_per_second,
+        "train_seconds": result.watch.seconds,
+        "devices": runtime.devices(),
         "base": loaded.base._asdict(),
         "rows": data.counts(),
     }
-    if config.evaluation.step_memory:
-        batch = one.put(next(iter(rows.loaders(config, data, sizes, parts.tokenizer, beside).train)))
-        summary["step_bytes"] = one.memory(result.state, base, parts.objective.frozen, batch)
     if jax.process_index():
         return summary
     plots.loss(
@@ -123,6 +129,14 @@ def run(config: schema.Config) -> dict[str, Any]:
     folder.write_json(out / "summary.json", summary)
     conclude(out, start_scores, end_scores, summary)
     return summary
+
+
+def training_step(parts: assemble.Parts, optimizer: Any, sizes: settings.Batches) -> step.Step:
+    """The step of these parts."""
+    return step.make_step(
+        parts.model, parts.method, parts.objective, optimizer, mesh=parts.mesh, accumulate=sizes.accumulate,
+        max_grad_norm=parts.config.train.max_grad_norm,
+    )  # fmt: skip
 
 
 def announce(parts: assemble.Parts, counts: table.Table, targets: report.Report, data: rows.Rows, total: int) -> None:

@@ -13,7 +13,8 @@ from tunejax.train.step import Steps
 
 
 def evaluate(step: Steps, state: TrainState, base: Params, batches: Iterable) -> dict[str, float]:
-    """Means over all rows of ``batches`` (this process's rows), exact whatever the batch sizes.
+    """Means over all rows of ``batches`` (this process's rows), exact whatever the batch sizes, as the objective's
+    ``scores`` gives them.
 
     A short last batch is filled up with rows of weight 0. Where processes have unequal numbers of batches, those that
     are done join in with such rows until all are.
@@ -34,7 +35,8 @@ def evaluate(step: Steps, state: TrainState, base: Params, batches: Iterable) ->
         rows = max(rows, fitting(len(batch["tokens"]), step.mesh))
         sums = step.evaluate(state, base, frozen, step.put(filled(batch, rows)))
         totals = jax.tree.map(np.add, totals, jax.device_get(sums)) if totals else jax.device_get(sums)
-    return {name: float(total / max(weight, 1e-9)) for name, (total, weight) in totals.items()}
+    means = {name: total / max(weight, 1e-9) for name, (total, weight) in totals.items()}
+    return {name: float(x) for name, x in step.objective.scores(means).items()}
 
 
 def fitting(rows: int, mesh: Any) -> int:

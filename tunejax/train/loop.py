@@ -62,6 +62,9 @@ class Result:
 
     best_step, best: of the best evaluation. history: what was logged, one dict a time, each with "step".
     resumed_from: the step of the checkpoint that this run began from, or 0.
+    watch: time and tokens of all steps up to this one, those before resuming too; without the first step of each shape
+      (which compiles), evaluations and saving.
+    memory: bytes of the compiled step on each device (`Step.memory`), the greatest of the shapes that were run.
     """
 
     state: TrainState
@@ -71,6 +74,8 @@ class Result:
     best: float | None = None
     history: list[dict[str, float]] = dataclasses.field(default_factory=list)
     resumed_from: int = 0
+    watch: metrics_lib.Stopwatch = dataclasses.field(default_factory=metrics_lib.Stopwatch)
+    memory: int | None = None
 
 
 def fit(
@@ -137,6 +142,7 @@ class _Run:
         self.meter, self.bar = metrics_lib.Meter(), progress_lib.Progress(None, shown=False)
         self.writers: list[metrics_lib.Writer] = []
         self.at, self.bad_evals, self.evaluated_at, self.evaluated = 0, 0, -1, 0.0
+        self.shapes: set[tuple[int, ...]] = set()
 
     def resume(self) -> None:
         """Takes up the last checkpoint, if there is one."""
@@ -148,11 +154,13 @@ class _Run:
         self.at = self.result.resumed_from = int(found.state.step)
         self.bad_evals = found.loop["bad_evals"]
         self.result.best, self.result.best_step = found.loop["best"], found.loop["best_step"]
+        timed = found.loop.get("seconds", 0.0), found.loop.get("tokens", 0)
+        self.result.watch, self.result.memory = metrics_lib.Stopwatch(*timed), found.loop.get("memory")
 
     def go(self, wish: signals.StopWish) -> None:
         """Steps until there is a reason to stop, then logs, evaluates and saves a last time."""
         batches = iter(self.loader)
-        self.meter.restart_clock()
+        self.go_on()
         while not (reason := self.reason_to_stop(wish)):
             batch = next(batches, None)
             if batch is None:
@@ -164,12 +172,15 @@ class _Run:
             if self.due(self.options.eval_steps):
                 self.evaluate()
             if self.due(self.options.save_steps) and self.at != self.options.max_steps:
+                self.halt()
                 self.save()  # the last step is saved once it is evaluated
+                self.go_on()
         self.result.stopped = reason
         self.log()
         finished = reason in ("max_steps", "data", "early")
         if finished and self.at > self.result.resumed_from:
             self.evaluate()
+        self.halt()
         self.save()
 
     def reason_to_stop(self, wish: signals.StopWish) -> str:
@@ -191,14 +202,33 @@ class _Run:
     def one(self, batch: dict[str, np.ndarray]) -> None:
         """One step; returns before the device has done it."""
         tokens = int(np.count_nonzero(batch["segment_ids"])) * jax.process_count()
-        self.state, metrics = self.step(self.state, self.base, self.frozen, self.step.put(batch))
+        new = batch["tokens"].shape not in self.shapes
+        if new:
+            self.halt()  # compiling is no part of the speed
+        placed = self.step.put(batch)
+        self.state, metrics = self.step(self.state, self.base, self.frozen, placed)
         self.at += 1
         self.meter.add(metrics, tokens)
-        if self.at == self.result.resumed_from + 1:
-            jax.block_until_ready(metrics)  # compiling is no part of the speed
-            self.meter.restart_clock()
+        if new:
+            self.shapes.add(batch["tokens"].shape)
+            used = self.step.memory(self.state, self.base, self.frozen, placed)
+            self.result.memory = max(filter(None, (self.result.memory, used)), default=None)
+            self.halt()
+            self.go_on()
+        else:
+            self.result.watch.tokens += tokens
         self.meter.wait()
         self.bar.step(self.at)
+
+    def halt(self) -> None:
+        """Waits for the device, and stops the watch."""
+        jax.block_until_ready(self.state.step)
+        self.result.watch.stop()
+
+    def go_on(self) -> None:
+        """Starts the clocks again: what happened since they stopped is no training."""
+        self.meter.restart_clock()
+        self.result.watch.go()
 
     def log(self) -> None:
         """Fetches and writes the means since the last time.
@@ -212,7 +242,7 @@ class _Run:
         if self.learning_rate is not None:
             updates = self.at - int(self.state.nonfinite[1])
             values["learning_rate"] = float(self.learning_rate(max(updates - 1, 0)))
-        self.write(values)
+        self.write({**values, "train_seconds": self.result.watch.seconds})
         limit = self.options.max_nonfinite_steps
         if values["nonfinite"] >= limit:
             saved = self.checkpointer.latest() if self.checkpointer else None
@@ -234,11 +264,13 @@ class _Run:
         """Once a step at most: measures, compares with the best, and saves a new best."""
         if self.eval_loader is None or self.evaluated_at == self.at:
             return
+        self.halt()
         begun = time.perf_counter()
         values = evaluate(self.step, self.state, self.base, self.eval_loader())
         extra = self.on_eval(self.state, self.at) if self.on_eval else {}
         values = {f"eval_{k}": v for k, v in {**values, **extra}.items()}
-        self.write({**values, "eval_seconds": time.perf_counter() - begun})
+        timed = {"eval_seconds": time.perf_counter() - begun, "train_seconds": self.result.watch.seconds}
+        self.write({**values, **timed})
         name = self.options.best_metric
         if name not in values:
             raise errors.ConfigError(f"metric_for_best_model: no {name!r}. {errors.did_you_mean(name, values)}")
@@ -248,7 +280,7 @@ class _Run:
             self.save()
         else:
             self.bad_evals += 1
-        self.meter.restart_clock()
+        self.go_on()
 
     def better(self, value: float) -> bool:
         """Whether ``value`` beats the best so far."""
@@ -262,5 +294,7 @@ class _Run:
         if self.checkpointer is None or self.at == 0:
             return
         metric = self.evaluated if self.evaluated_at == self.at and math.isfinite(self.evaluated) else None
-        loop = {"bad_evals": self.bad_evals, "best": self.result.best, "best_step": self.result.best_step}
+        result, watch = self.result, self.result.watch
+        loop = {"bad_evals": self.bad_evals, "best": result.best, "best_step": result.best_step,
+                "seconds": watch.seconds, "tokens": watch.tokens, "memory": result.memory}  # fmt: skip
         self.checkpointer.save(self.state, self.loader.get_state(), loop, best=metric)

@@ -53,6 +53,37 @@ class Meter:
         self._tokens, self._since = 0, time.perf_counter()
 
 
+class Stopwatch:
+    """Seconds spent and tokens read by training alone; stands still until `go`, and again from `stop` on."""
+
+    def __init__(self, seconds: float = 0.0, tokens: int = 0) -> None:
+        self._seconds, self.tokens = seconds, tokens
+        self._since: float | None = None
+
+    def go(self) -> None:
+        """Runs from now on."""
+        self._since = time.perf_counter()
+
+    def stop(self) -> None:
+        """Stands still; the caller has waited for the device."""
+        self._seconds, self._since = self.seconds, None
+
+    @property
+    def running(self) -> bool:
+        """Whether it runs."""
+        return self._since is not None
+
+    @property
+    def seconds(self) -> float:
+        """So far."""
+        return self._seconds + (0.0 if self._since is None else time.perf_counter() - self._since)
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """The mean, or None before anything was timed."""
+        return self.tokens / self.seconds if self.tokens and self.seconds else None
+
+
 def _averaged(steps: list[dict[str, np.ndarray]]) -> dict[str, float]:
     weights = np.array([s["weight"] for s in steps], np.float64)
     good = np.isfinite(weights) & (np.array([s["nonfinite"] for s in steps]) == 0)

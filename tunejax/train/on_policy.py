@@ -41,6 +41,7 @@ class OnPolicy:
     def __init__(self, step: Step, options: Options) -> None:
         self.step, self.options = step, options
         self.objective, self.mesh = step.objective, step.mesh
+        self._ran: Any = None
 
     def __call__(
         self, state: TrainState, base: Params, frozen: Params, batch: Mapping[str, np.ndarray]
@@ -48,7 +49,8 @@ class OnPolicy:
         at = int(state.step)
         if np.random.default_rng((self.options.seed, at)).random() < self.options.fraction:
             batch = self.written(state, base, batch, at)
-        return self.step(state, base, frozen, self.step.put(batch))
+        self._ran = self.step.put(batch)
+        return self.step(state, base, frozen, self._ran)
 
     def put(self, batch: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
         """The batch as it is: it goes to the devices once it is complete."""
@@ -57,6 +59,10 @@ class OnPolicy:
     def evaluate(self, state: TrainState, base: Params, frozen: Params, batch: Mapping[str, np.ndarray]) -> Sums:
         """As of the step."""
         return self.step.evaluate(state, base, frozen, self.step.put(batch))
+
+    def memory(self, state: TrainState, base: Params, frozen: Params, batch: Any) -> int | None:
+        """As of the step, with the batch that it was last given: the rows' own would be compiled for this alone."""
+        return self.step.memory(state, base, frozen, self._ran)
 
     def written(self, state: TrainState, base: Params, batch: Mapping[str, np.ndarray], at: int) -> dict[str, Any]:
         """The prompts of ``batch`` with what the student says to them at step ``at``."""

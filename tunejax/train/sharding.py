@@ -147,6 +147,18 @@ def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Arra
     return {k: jax.make_array_from_process_local_data(place, np.asarray(v)) for k, v in batch.items()}
 
 
+def abstract(tree: Any, places: Any) -> Any:
+    """The shapes of ``tree`` (arrays or shapes) with these shardings, a tree like it, to lower a program for."""
+    return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree, places)
+
+
+def abstract_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shapes that `put_batch` would make of this process's rows."""
+    count = jax.process_count()
+    whole = {k: jax.ShapeDtypeStruct((v.shape[0] * count, *v.shape[1:]), v.dtype) for k, v in batch.items()}
+    return abstract(whole, dict.fromkeys(whole, batch_sharding(mesh)))
+
+
 def shard_params(mesh: Mesh, rules: Rules, axes: Mapping[Path, Axes], params: Params) -> Params:
     """``params`` laid over the mesh. Arrays that already lie right are kept, not copied."""
     return jax.tree.map(jax.device_put, params, params_shardings(mesh, rules, axes, params))

@@ -1,5 +1,6 @@
 """What a run is: everything that is saved, and the base that it refers to."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -57,6 +58,36 @@ def start(
       mesh, rules: where things go.
     """
     params = sharding.shard_params(mesh, rules, model.axes, params)
+    begin, _, places = _beginning(model, method, optimizer, params, key, mesh, rules)
+    begun, opt_state, (step, nonfinite, run_key) = jax.jit(begin, out_shardings=places)(key, params)
+    base = method_lib.apply_edits(params, begun.edits)
+    return TrainState(step, begun.train, begun.state, opt_state, run_key, nonfinite), base
+
+
+def plan(
+    model: Model,
+    method: method_lib.Method,
+    optimizer: Any,
+    params: Params,
+    key: jax.Array,
+    mesh: Mesh,
+    rules: sharding.Rules = sharding.RULES,
+) -> tuple[TrainState, Params]:
+    """What `start` returns, as shapes that carry shardings: enough to compile the step while the weights are read.
+
+    params: arrays or shapes; the rest as in `start`.
+    """
+    params = sharding.abstract(params, sharding.params_shardings(mesh, rules, model.axes, params))
+    _, shapes, places = _beginning(model, method, optimizer, params, key, mesh, rules)
+    begun, opt_state, (step, nonfinite, run_key) = jax.tree.map(sharding.abstract, shapes, places)
+    base = method_lib.apply_edits(params, begun.edits)
+    return TrainState(step, begun.train, begun.state, opt_state, run_key, nonfinite), base
+
+
+def _beginning(
+    model: Model, method: method_lib.Method, optimizer: Any, params: Params, key: jax.Array, mesh: Mesh, rules: Any
+) -> tuple[Callable, Any, Any]:
+    """(key, params) -> (Start, optimiser's state, counters), the shapes of these, and where they go."""
 
     # One program: each costs a compilation, and the first step waits for all of them. Nothing here is a device_put
     # of a key, which is refused where the mesh spans processes.
@@ -65,14 +96,11 @@ def start(
         counters = jnp.zeros((), jnp.int32), jnp.zeros((2,), jnp.int32), jax.random.fold_in(key, 1)
         return begun, optimizer.init(begun.train), counters
 
-    shapes, opt_shapes, _ = jax.eval_shape(begin, key, params)
-    places = start_shardings(model, method, shapes, params, mesh, rules)
-    opt_places = sharding.like_train(mesh, opt_shapes, shapes.train, places.train)
-    begun, opt_state, (step, nonfinite, run_key) = jax.jit(
-        begin, out_shardings=(places, opt_places, sharding.replicated(mesh))
-    )(key, params)
-    base = method_lib.apply_edits(params, begun.edits)
-    return TrainState(step, begun.train, begun.state, opt_state, run_key, nonfinite), base
+    shapes = jax.eval_shape(begin, key, params)
+    begun, opt_state, counters = shapes
+    places = start_shardings(model, method, begun, params, mesh, rules)
+    opt_places = sharding.like_train(mesh, opt_state, begun.train, places.train)
+    return begin, shapes, (places, opt_places, jax.tree.map(lambda _: sharding.replicated(mesh), counters))
 
 
 def start_shardings(
@@ -91,6 +119,11 @@ def start_shardings(
         edits[path] = one["leaf"]
     state = sharding.like_train(mesh, shapes.state, shapes.train, train)
     return method_lib.Start(edits, train, state)
+
+
+def nbytes(tree: PyTree) -> int:
+    """Bytes of all arrays of ``tree``, each counted once however it is sharded."""
+    return sum(x.nbytes for x in jax.tree.leaves(tree) if not jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key))
 
 
 def count(tree: PyTree) -> int:

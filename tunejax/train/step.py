@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
 
 import jax
@@ -38,6 +39,10 @@ class Steps(Protocol):
         """See `Step.evaluate`."""
         ...
 
+    def memory(self, state: TrainState, base: Params, frozen: Params, batch: Any) -> int | None:
+        """See `Step.memory`; batch: of the last call."""
+        ...
+
 
 class Step:
     """A compiled step; `make_step` builds it. Called as ``state, metrics = step(state, base, frozen, batch)``.
@@ -51,28 +56,46 @@ class Step:
         self.model, self.method, self.objective, self.mesh = model, method, objective, mesh
         self._update = update
         self._compiled: Any = None
+        self._ahead: Future | None = None
         sums = functools.partial(evaluate, model, method, objective)
         self._evaluate = jax.jit(sums, out_shardings=sharding.replicated(mesh))
 
     def __call__(self, state: TrainState, base: Params, frozen: Params, batch: Batch) -> tuple[TrainState, Metrics]:
+        if self._ahead is not None:
+            ahead, self._ahead = self._ahead, None
+            ahead.result()  # what failed there fails again, and better told, when it is called
         with jax.set_mesh(self.mesh):
             return self._jitted(state)(state, base, frozen, batch)
+
+    def prepare(self, state: TrainState, base: Params, frozen: Params, batch: Any) -> None:
+        """Begins to compile the step in a thread, for the first call to find; meanwhile weights may be read.
+
+        All are shapes with shardings, as of `state.plan` and `sharding.abstract_batch`.
+        """
+        lowered = self.lower(state, base, frozen, batch)
+        self._ahead = ThreadPoolExecutor(1, "compile").submit(lowered.compile)
 
     def lower(self, state: TrainState, base: Params, frozen: Params, batch: Batch) -> Any:
         """The lowered program, to read or compile; arguments may be ShapeDtypeStructs that carry shardings."""
         with jax.set_mesh(self.mesh):
             return self._jitted(state).lower(state, base, frozen, batch)
 
+    def memory(self, state: TrainState, base: Params, frozen: Params, batch: Batch) -> int | None:
+        """Bytes that the compiled step holds at once on each device, or None where the backend does not say.
+
+        As the compiler counts: arguments, results that take the place of none, and scratch. Free for shapes that have
+        been run: the program is not compiled again.
+        """
+        found = self.lower(state, base, frozen, batch).compile().memory_analysis()
+        if found is None:
+            return None
+        held = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
+        return int(held + found.temp_size_in_bytes)
+
     def evaluate(self, state: TrainState, base: Params, frozen: Params, batch: Batch) -> Sums:
         """Sums and weights of the loss and the objective's metrics on a batch, without dropout; nothing is donated."""
         with jax.set_mesh(self.mesh):
             return self._evaluate(state.train, state.state, base, frozen, batch)
-
-    def memory(self, state: TrainState, base: Params, frozen: Params, batch: Batch) -> int:
-        """Bytes of the compiled step on one device: its arguments, what it returns anew, and what lies between."""
-        found = self.lower(state, base, frozen, batch).compile().memory_analysis()
-        new = found.output_size_in_bytes - found.alias_size_in_bytes
-        return int(found.argument_size_in_bytes + new + found.temp_size_in_bytes)
 
     def put(self, batch: Any) -> dict[str, jax.Array]:
         """This process's rows as the global batch on the mesh."""
