@@ -28,9 +28,14 @@ def assets() -> Path:
 
 @pytest.fixture(scope="session", autouse=True)
 def _cache(tmp_path_factory):
-    """The compilation cache of whole commands goes to a folder of the tests."""
+    """The compilation cache lies in a folder of the tests; theirs keeps small programs too, which many files share."""
+    import jax
+
+    folder = str(tmp_path_factory.mktemp("cache"))
+    jax.config.update("jax_compilation_cache_dir", f"{folder}/programs")
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TUNEJAX_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("TUNEJAX_CACHE", folder)
         yield
 
 

@@ -46,6 +46,11 @@ def parser() -> argparse.ArgumentParser:
     config("train", "tune a model; the same command again resumes").add_argument(
         "--keys", action="store_true", help="list every config key with its default"
     )
+    config("distill-cache", "write what a config's teacher says of its rows, to train without the teacher; resumes")
+    written = config("distill-generate", "write a config's rows with its teacher's answers, to train on; resumes")
+    written.add_argument("--output", required=True, help="JSON Lines file to write")
+    written.add_argument("--samples", type=int, default=1, help="answers to each prompt (default 1)")
+    written.add_argument("--keep-unfinished", action="store_true", help="also answers that were cut at their limit")
     config("compare", "train several methods on one task; writes a table, pictures and a page").add_argument(
         "--only", action="append", metavar="LABEL", help="train only this method of the config; repeat for several"
     )
@@ -158,7 +163,7 @@ def run(argv: Sequence[str] | None = None) -> int:
         raise errors.ConfigError(f"{args.verb} needs a config: tunejax {args.verb} CONFIG [key=value ...]")
     import importlib
 
-    recipe = importlib.import_module(f"tunejax.recipes.{args.verb}")
+    recipe = importlib.import_module(f"tunejax.recipes.{args.verb.replace('-', '_')}")
     return recipe.main(args) or 0
 
 

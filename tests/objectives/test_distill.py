@@ -44,7 +44,16 @@ def decoupled(p, q, alpha=1.5, beta=4.0):
     return torch.stack(rows)
 
 
+def uld(p, q):
+    """Boizard et al.: probabilities by rank, whatever tokens they belong to."""
+    a, b = (x.exp().sort(dim=-1, descending=True).values for x in (p, q))
+    size = max(a.shape[-1], b.shape[-1])
+    a, b = (F.pad(x, (0, size - x.shape[-1])) for x in (a, b))
+    return torch.stack([(x - y).abs().sum() for x, y in zip(a, b, strict=True)])
+
+
 REFERENCES = {
+    "uld": (divergences.uld, uld),
     "forward_kl": (divergences.forward_kl, kl),
     "reverse_kl": (divergences.reverse_kl, lambda p, q: kl(q, p)),
     "jensen_shannon": (divergences.jensen_shannon(0.3), jensen_shannon),
@@ -64,6 +73,47 @@ def test_divergences_equal_torch(name):
     got, back = jax.vjp(lambda x: ours(log_p, jax.nn.log_softmax(x)), jnp.asarray(student))
     np.testing.assert_allclose(got, want.detach().numpy(), atol=1e-6)
     np.testing.assert_allclose(back(jnp.ones_like(got))[0], t.grad.numpy(), atol=1e-5)
+
+
+@pytest.mark.parametrize(("n", "m"), [(4, 7), (7, 4)])
+def test_uld_of_two_vocabularies_equals_torch(n, m):
+    teacher, student = LOGITS[0][:, :n], LOGITS[1][:, :m]
+    t = torch.tensor(student, requires_grad=True)
+    want = uld(F.log_softmax(torch.tensor(teacher), -1), F.log_softmax(t, -1))
+    want.sum().backward()
+    got, back = jax.vjp(lambda x: divergences.uld(jax.nn.log_softmax(teacher), jax.nn.log_softmax(x)), student)
+    np.testing.assert_allclose(got, want.detach().numpy(), atol=1e-6)
+    np.testing.assert_allclose(back(jnp.ones_like(got))[0], t.grad.numpy(), atol=1e-5)
+
+
+def test_uld_does_not_ask_which_token():
+    log_p = jax.nn.log_softmax(LOGITS[0])
+    np.testing.assert_allclose(divergences.uld(log_p, log_p[:, ::-1]), 0, atol=1e-6)
+
+
+def test_a_teacher_of_another_tokenizer_is_compared_where_it_stands():
+    """The teacher reads rows of its own; a position of the student's without a partner counts for nothing."""
+    m, p = tiny.model(), tiny.params()
+    wide = dataclasses.replace(tiny.LLAMA, vocab_size=40)
+    t, q = tiny.model(wide), tiny.params(wide)
+    rows = trains.rows()
+    own = RNG.integers(1, 40, (4, 12)).astype(np.int32)
+    mask = (np.arange(12) < np.array([[12], [9], [7], [0]])).astype(np.int32)
+    at = np.zeros((4, 8), np.int32)
+    at[0, [1, 4, 7]], at[1, 2], at[2, [0, 7]] = [1, 5, 12], 9, [3, 7]
+    more = {"teacher_tokens": own * mask, "teacher_mask": mask, "teacher_at": at}
+    objective = distill.make(causal_lm.make(), t, q, distill.Options(alpha=0.5, divergence="uld", chunk_size=3))
+    loss, weight, metrics = objective.loss(m, p, objective.frozen, {**rows, **more}, TRAIN)
+    student = jax.nn.log_softmax(m.logits(p, m.hidden(p, rows)[0]))
+    want = 0.0
+    for r, i in zip(*np.nonzero(at), strict=True):
+        # A row by itself, as far as the position that is read.
+        seen = own[r : r + 1, : at[r, i]]
+        log_p = jax.nn.log_softmax(t.logits(q, t.hidden(q, {"tokens": seen})[0])[:, -1])
+        want += uld(torch.tensor(np.asarray(log_p)), torch.tensor(np.asarray(student[r, i])[None])).item()
+    np.testing.assert_allclose(metrics["soft"], want, rtol=1e-5)
+    np.testing.assert_allclose(loss, 0.5 * metrics["hard"] + 0.5 * metrics["soft"], rtol=1e-6)
+    assert float(weight) == 32
 
 
 def test_decoupled_is_the_forward_kl_of_its_weights():

@@ -25,14 +25,7 @@ def world(tmp_path_factory):
     return folder
 
 
-def student(world, name, *changes):
-    """Trains into the folder ``name``; (exit code, what its metrics say of training)."""
-    out = world / name
-    options = [f"output_dir={out}", "generation.num_samples=0", "evaluation.exact_match=false"]
-    code = cli.main(["train", str(world / "my.yaml"), *options, *changes])
-    file = out / "metrics.jsonl"
-    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-    return code, [row for row in rows if "loss" in row]
+student = worlds.tune
 
 
 def test_a_shallower_student_learns_from_a_run_and_is_exported(world, tmp_path):
@@ -66,6 +59,18 @@ def test_the_base_teaches_its_own_soft_prompt(world):
     )  # fmt: skip
     assert code == 0
     assert rows[-1]["soft"] < rows[0]["soft"]
+
+
+def test_the_base_by_name_does_not_see_the_prompt_either(world):
+    losses = []
+    for name, teacher in (("a_base", "base"), ("a_named", world / "model")):
+        code, rows = student(
+            world, name, f"distill={{teacher: {teacher}, alpha: 0}}", "method={name: prompt_tuning, length: 2}",
+            "train.max_steps=2", "train.logging_steps=1",
+        )  # fmt: skip
+        assert code == 0
+        losses.append([row["soft"] for row in rows])
+    np.testing.assert_allclose(*losses, rtol=1e-5)
 
 
 def test_a_student_from_random_weights_differs_by_its_seed(world):

@@ -6,6 +6,7 @@ from pathlib import Path
 import jax
 import yaml
 
+from tunejax import cli
 from tunejax.interop import hf
 from tunejax.models import build
 from tunejax.models.config import ModelConfig
@@ -39,10 +40,10 @@ def tokenizer_files(folder: Path) -> int:
     return len(vocab)
 
 
-def checkpoint(folder: Path, seed: int = 0) -> Path:
-    """A Llama of two layers with random weights and the tokenizer."""
+def checkpoint(folder: Path, seed: int = 0, **sizes: int) -> Path:
+    """A Llama of two layers, or of other ``sizes``, with random weights and the tokenizer."""
     folder.mkdir(parents=True)
-    config = ModelConfig(family="llama", vocab_size=tokenizer_files(folder), **SIZES)
+    config = ModelConfig(family="llama", vocab_size=tokenizer_files(folder), **{**SIZES, **sizes})
     params = build.build(config, head="lm").init(jax.random.key(seed))
     hf.save(folder, params, config, head="lm")
     return folder
@@ -78,3 +79,13 @@ def make(folder: Path) -> Path:
     }
     (folder / "my.yaml").write_text(yaml.safe_dump(raw))
     return folder / "my.yaml"
+
+
+def tune(world: Path, name: str, *changes: str) -> tuple[int, list[dict]]:
+    """Trains by the config of `make` into the folder ``name``; (exit code, what its metrics say of training)."""
+    out = world / name
+    options = [f"output_dir={out}", "generation.num_samples=0", "evaluation.exact_match=false"]
+    code = cli.main(["train", str(world / "my.yaml"), *options, *changes])
+    file = out / "metrics.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    return code, [row for row in rows if "loss" in row]

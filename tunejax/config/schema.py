@@ -93,17 +93,75 @@ class ObjectiveSection(BaseModel):
     name: Literal["causal_lm", "masked_lm", "classification"] = "causal_lm"
 
 
+class HiddenSection(Section):
+    """Hidden states beside the teacher's; see `objectives.features.hidden`."""
+
+    weight: float = Field(1.0, gt=0)
+    layers: Literal["uniform", "last"] | list[tuple[int, int]] = Field(
+        "uniform", description="pairs of a student's and a teacher's layer, from 0 (-1: the last); or a rule"
+    )
+    metric: Literal["mse", "cosine", "normalized_mse"] = "mse"
+    embeddings: bool = Field(False, description="what enters the first layer too")
+    project: bool | None = Field(
+        None, description="a trained kernel to the teacher's width; by default where it differs"
+    )
+
+
+class RelationsSection(Section):
+    """Relations among tokens beside the teacher's; see `objectives.features.relations`."""
+
+    weight: float = Field(1.0, gt=0)
+    of: list[Literal["query", "key", "value", "attention"]] = Field(["query", "key", "value"], min_length=1)
+    heads: int | None = Field(None, ge=1, description="relation heads; by default the models' own, as many in both")
+    student_layer: int = Field(-1, description="from 0; a negative one counts from the end")
+    teacher_layer: int = -1
+
+
+class OnPolicySection(Section):
+    """The student writes, the teacher judges; see `train.on_policy`."""
+
+    fraction: float = Field(1.0, gt=0, le=1, description="of the steps; the others learn from the rows' completions")
+    temperature: float = Field(1.0, ge=0, description="that the student draws at; 0: greedy")
+    max_new_tokens: int | None = Field(None, ge=1, description="by default generation.max_new_tokens")
+
+
 class DistillSection(Section):
     """A teacher, whose distribution the objective is mixed with; see `objectives.distill`."""
 
-    teacher: str = Field(
-        min_length=1, description="run folder, model folder or hub id; 'base': the model itself, without what trains"
-    )
+    teacher: str | None = Field(
+        None, min_length=1, description="run folder, model folder or hub id; 'base': the model itself, without what "
+        "trains. Not opened by training where there is a cache",
+    )  # fmt: skip
+    cache: str | None = Field(None, min_length=1, description="folder that `tunejax distill-cache` wrote, instead")
+    top_k: int = Field(64, ge=1, description="how many tokens a position `tunejax distill-cache` keeps")
     alpha: float = Field(0.5, ge=0, le=1, description="weight of the objective; the teacher has the rest")
     temperature: float = Field(2.0, gt=0)
-    divergence: Literal["forward_kl", "reverse_kl", "jensen_shannon", "total_variation", "decoupled"] = "forward_kl"
+    divergence: Literal["forward_kl", "reverse_kl", "jensen_shannon", "total_variation", "decoupled", "uld"] = (
+        "forward_kl"
+    )
     beta: float = Field(0.5, description="of jensen_shannon, and of the second part of decoupled")
     target_weight: float = Field(1.0, description="of the first part of decoupled")
+    logits: float = Field(1.0, ge=0, description="a factor on the divergence; 0: features alone teach")
+    hidden: HiddenSection | None = None
+    relations: RelationsSection | None = None
+    on_policy: OnPolicySection | None = None
+
+    @model_validator(mode="after")
+    def _some_source(self) -> "DistillSection":
+        if self.teacher is None and self.cache is None:
+            raise ValueError("name a teacher (or a cache that tunejax distill-cache wrote)")
+        features = [name for name in ("hidden", "relations") if getattr(self, name) is not None]
+        if self.cache and features:
+            raise ValueError(f"a cache holds logits, and {features[0]} needs the teacher itself: leave one of them out")
+        if not features and not self.alpha and not self.logits:
+            raise ValueError("alpha and logits are 0, and neither hidden nor relations are given: nothing is learned")
+        if self.cache and self.divergence == "uld":
+            raise ValueError("divergence uld sorts whole distributions, and a cache has their likeliest tokens only")
+        if self.on_policy is not None and self.alpha:
+            raise ValueError(f"alpha is {self.alpha}; what the student writes is no truth to learn: on_policy needs 0")
+        if self.on_policy is not None and self.cache:
+            raise ValueError("a cache knows the rows alone, and on_policy asks the teacher about new text")
+        return self
 
 
 class TrainSection(Section):
@@ -243,6 +301,15 @@ class Config(Section):
         self.model.head = needs  # type: ignore[assignment]
         if self.objective.name == "classification" and self.data.packing:
             raise ValueError("data.packing does not go with objective.name: classification (one example a row)")
+        if self.distill and self.distill.on_policy and (self.objective.name != "causal_lm" or self.data.packing):
+            raise ValueError("distill.on_policy goes with objective.name: causal_lm and no data.packing")
+        if self.distill and self.distill.divergence == "uld" and self.objective.name != "causal_lm":
+            raise ValueError("distill.divergence: uld goes with objective.name: causal_lm")
+        if self.distill and self.distill.cache and self.objective.name == "masked_lm":
+            raise ValueError(
+                "distill.cache does not go with objective.name: masked_lm, which hides other tokens each step: "
+                "name distill.teacher alone"
+            )
         if self.train.eval_steps and not self.data.eval_path:
             raise ValueError("train.eval_steps needs rows to evaluate on: set data.eval_path")
         if self.train.load_best_model_at_end and not self.data.eval_path:

@@ -17,6 +17,9 @@ tokens int32; targets int32 (already shifted: ``targets[b, t]`` is what position
 1, 2, ... the packed examples of a row: positions attend within their own only). Encoders may also find token_types.
 """
 
+AUXILIARY = "auxiliary"
+"""Key of params for what an objective trains of its own; no model reads it."""
+
 
 class Model(NamedTuple):
     """A blueprint turned into pure functions. The parameters are an argument of each, never a part of it.

@@ -25,12 +25,12 @@ class Loader:
 
     def __init__(
         self, batches: plan.Plan, *, num_epochs: float | None, shard_index: int, shard_count: int, pad_id: int,
-        masking: Masking | None, threads: int, prefetch: int,
+        masking: Masking | None, beside: collate.Beside | None, threads: int, prefetch: int,
     ):  # fmt: skip
         self.plan, self.num_epochs = batches, num_epochs
         self.num_steps = None if num_epochs is None else batches.steps(num_epochs)
         self._shard = (shard_index, shard_count)
-        self._pad_id, self._masking = pad_id, masking
+        self._pad_id, self._masking, self._beside = pad_id, masking, beside
         self._read = (threads, prefetch)
         self._exhausted = False
         self._batches: Any = None
@@ -87,6 +87,7 @@ class Loader:
             example=lambda i: self.example(i, epoch),
             prompt=self.plan.settings.prompt,
             labelled=self.plan.corpus.options.labels is not None and self.plan.corpus.options.labelled == "first",
+            beside=self._beside,
         )
 
     def length(self, step: int) -> int:
@@ -117,6 +118,7 @@ class Loader:
             "examples": len(corpus),
             "digest": corpus.store.digest,
             "parts": [[n, w] for n, w in corpus.parts],
+            "beside": None if self._beside is None else self._beside.digest,
             **settings,
         }
 
@@ -164,6 +166,7 @@ def make_loader(
     drop_last: bool = False,
     pad_id: int = 0,
     masking: Masking | None = None,
+    beside: collate.Beside | None = None,
     threads: int = 2,
     prefetch: int = 4,
 ) -> Loader:
@@ -179,6 +182,7 @@ def make_loader(
       group_by_length: batches of examples of similar length, to pad less.
       pad_id: the token of padding; nothing attends to it.
       masking: hides tokens, for masked_lm, where the objective does not.
+      beside: further arrays of each example, which land where its tokens do.
       threads, prefetch: that build batches ahead, and how many; 0 threads: none.
 
     Raises:
@@ -197,7 +201,7 @@ def make_loader(
         raise errors.DataError(f"{len(batches.rows(0))} rows do not fill one batch of {batch_size} (drop_last)")
     return Loader(
         batches, num_epochs=num_epochs, shard_index=shard_index, shard_count=shard_count, pad_id=pad_id,
-        masking=masking, threads=threads, prefetch=max(prefetch, threads),
+        masking=masking, beside=beside, threads=threads, prefetch=max(prefetch, threads),
     )  # fmt: skip
 
 

@@ -1,10 +1,12 @@
 """Exact match: generate what follows each prompt, and compare with what should."""
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from tunejax.data.completions import left_padded
 
 ROUND = 32
 """Prompts are padded to a multiple of this, so that few shapes are compiled."""
@@ -61,16 +63,6 @@ def answers(generate: Any, tasks: Iterable[Task], tokenizer: Any, *, batch_size:
             said = tokenizer.decode([int(x) for x in row], skip_special_tokens=True)
             prompt = tokenizer.decode(t.prompt, skip_special_tokens=True)
             yield Answer(prompt, t.expected, said, normal(said) == normal(t.expected))
-
-
-def left_padded(prompts: Sequence[Sequence[int]], width: int) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens and mask, int32 [prompts, width], padding in front."""
-    tokens, mask = np.zeros((2, len(prompts), width), np.int32)
-    for row, prompt in enumerate(prompts):
-        if len(prompt):
-            tokens[row, width - len(prompt) :] = prompt
-            mask[row, width - len(prompt) :] = 1
-    return tokens, mask
 
 
 def normal(text: str) -> str:

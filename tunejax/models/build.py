@@ -9,12 +9,15 @@ import jax.numpy as jnp
 
 from tunejax.core import errors, paths
 from tunejax.core.ladder import SLOT
-from tunejax.core.model import Model
+from tunejax.core.model import AUXILIARY, Model
 from tunejax.core.paths import Params
 from tunejax.models import axes, decoder, encoder, ladder, stack, view
 from tunejax.models import cache as caches
 from tunejax.models.blueprint import blueprint
 from tunejax.models.config import ModelConfig
+
+ENTRANCE = "embedding"
+"""The tap of what enters the stack, [1, batch, length, embed]; the others are `stack.TAPS`."""
 
 
 def build(
@@ -66,7 +69,7 @@ def build(
         where = view.where(batch, stack.prefix_length(params["layers"]))
         cache = None if cache is None else caches.enter(cache, where)
         keys = (None, None) if key is None or config.dropout == 0.0 else jax.random.split(key)
-        ends = outer.merge({name: value for name, value in params.items() if name not in ("layers", SLOT)})
+        ends = outer.merge({name: value for name, value in params.items() if name not in ("layers", SLOT, AUXILIARY)})
         first = constrain(ends.enter(batch, where, dtype, keys[0]), stack.HIDDEN_AXES)
         made, beside = view.make(config, where, cache), params.get(SLOT)
         x, layers, aux = stack.run(
@@ -76,7 +79,7 @@ def build(
             made,
             cache=cache and cache["layers"],
             key=keys[1],
-            taps=taps if beside is None else (*taps, "hidden"),
+            taps=tuple(name for name in (*taps, *(() if beside is None else ("hidden",))) if name != ENTRANCE),
             remat=remat,
             constrain=constrain,
         )
@@ -85,8 +88,10 @@ def build(
             added, own = ladder.run(
                 block_type, config, beside, first, aux["hidden"], made, cache=own, remat=remat, constrain=constrain
             )
-            x, aux = x + added, {name: aux[name] for name in taps}
+            x, aux = x + added, {name: aux[name] for name in taps if name != ENTRANCE}
             cache = cache and {**cache, SLOT: own}
+        if ENTRANCE in taps:
+            aux[ENTRANCE] = first[None]
         if cache is not None:
             aux["cache"] = caches.leave(cache, layers, where.positions.shape[1])
         return ends.leave(x), aux

@@ -23,11 +23,11 @@ class DecoderBlock(stack.Block):
         """See `stack.Block`."""
         keys = (None, None) if key is None else jax.random.split(key)
         gate = self.gate.get_value()
-        attended, cache = self.attention(self.attention.norm(x), view, cache)
+        attended, cache, inner = self.attention(self.attention.norm(x), view, cache)
         x = x + sites.gate(gate, modules.dropout(attended, self.rate, keys[0]))
         changed = self.mlp(self.mlp.norm(x))
         x = x + sites.gate(gate, modules.dropout(changed, self.rate, keys[1]))
-        return x, cache, {"attention": attended, "mlp": changed}
+        return x, cache, {**inner, "attention": attended, "mlp": changed}
 
 
 class Decoder(nnx.Module):

@@ -24,11 +24,11 @@ class EncoderBlock(stack.Block):
         """See `stack.Block`."""
         keys = (None, None) if key is None else jax.random.split(key)
         gate = self.gate.get_value()
-        attended, cache = self.attention(x, view, cache)
+        attended, cache, inner = self.attention(x, view, cache)
         x = self.attention.norm(x + sites.gate(gate, modules.dropout(attended, self.rate, keys[0])))
         changed = self.mlp(x)
         x = self.mlp.norm(x + sites.gate(gate, modules.dropout(changed, self.rate, keys[1])))
-        return x, cache, {"attention": attended, "mlp": changed}
+        return x, cache, {**inner, "attention": attended, "mlp": changed}
 
 
 class MlmHead(nnx.Module):

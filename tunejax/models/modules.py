@@ -105,8 +105,8 @@ class Attention(nnx.Module):
             self.k_norm = Norm(c.head_dim, "rms", c.norm_eps, dtype=dtype)
         self.prefix = nnx.Param(None)
 
-    def __call__(self, x: jax.Array, view: View, cache: Any = None) -> tuple[jax.Array, Any]:
-        """x [batch, length, embed] -> (the same shape, the layer's cache with the new keys and values in it)."""
+    def __call__(self, x: jax.Array, view: View, cache: Any = None) -> tuple[jax.Array, Any, dict[str, jax.Array]]:
+        """x [batch, length, embed] -> (the same shape, the layer's cache with the new keys and values in it, taps)."""
         c = self.config
         heads = (*x.shape[:2], -1, c.head_dim)
         q, k, v = (site(x).reshape(heads) for site in (self.q, self.k, self.v))
@@ -114,6 +114,7 @@ class Attention(nnx.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if view.rotation is not None:
             q, k = rope.rotate(q, view.rotation), rope.rotate(k, view.rotation)
+        taps = {"query": q, "key": k, "value": v}
         if cache is not None:
             cache = {"k": view.write(cache["k"], k), "v": view.write(cache["v"], v)}
             k, v = cache["k"].astype(q.dtype), cache["v"].astype(q.dtype)
@@ -130,7 +131,7 @@ class Attention(nnx.Module):
             strength=sites.strength(prefix, x),
             seen=view.seen,
         )
-        return self.o(out.reshape(*x.shape[:2], -1)), cache
+        return self.o(out.reshape(*x.shape[:2], -1)), cache, taps
 
 
 class Mlp(nnx.Module):

@@ -26,8 +26,9 @@ REMAT: dict[str, Any] = {
 }
 """What the backward pass keeps of a block: everything; its input; every product; products with kernels only."""
 
-TAPS = ("hidden", "attention", "mlp")
-"""What can be tapped of each block: its output, and its two branches before they join the residual."""
+TAPS = ("hidden", "attention", "mlp", "query", "key", "value")
+"""What can be tapped of each block: its output; its two branches before they join the residual; what attention
+multiplies, [batch, length, heads (kv_heads), head_dim], normed and rotated."""
 
 
 class Block(nnx.Module):
@@ -84,7 +85,7 @@ def run(
     """x [batch, length, embed] through all blocks.
 
     Returns:
-      the output, the cache's new layers (empty without one), and each tap [layers, batch, length, embed].
+      the output, the cache's new layers (empty without one), and each tap [layers, batch, length, ...].
     """
     for name in taps:
         if name not in TAPS:

@@ -40,6 +40,18 @@ def total_variation(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
     return 0.5 * jnp.sum(jnp.abs(jnp.exp(log_p) - jnp.exp(log_q)), axis=-1)
 
 
+def uld(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
+    """The sum of |p - q|, each sorted by itself and the shorter one filled up with 0 (Boizard et al., 2024,
+    arXiv:2402.12030, section 3): the Wasserstein distance that does not ask which token has a probability.
+
+    log_p, log_q: [..., n] and [..., m], of vocabularies that have nothing in common.
+    """
+    falling = [-jnp.sort(-jnp.exp(x), axis=-1) for x in (log_p, log_q)]
+    size = max(x.shape[-1] for x in falling)
+    p, q = (jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, size - x.shape[-1])]) for x in falling)
+    return jnp.sum(jnp.abs(p - q), axis=-1)
+
+
 def decoupled(log_p: jax.Array, log_q: jax.Array, targets: jax.Array, alpha: float, beta: float) -> jax.Array:
     """Decoupled KD (Zhao et al., 2022, arXiv:2203.08679, equation 7): alpha TCKD + beta NCKD.
 

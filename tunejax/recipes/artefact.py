@@ -9,6 +9,7 @@ from tunejax.config import load, locate, schema
 from tunejax.core import errors, paths
 from tunejax.core import method as method_lib
 from tunejax.interop import hf, peft, peft_read
+from tunejax.models.config import ModelConfig
 from tunejax.recipes import adapter, assemble, folder
 
 
@@ -137,6 +138,18 @@ NOTHING = method_lib.method("none", _nothing, _as_it_is)
 def is_run(text: str) -> bool:
     """Whether ``text`` names a run folder, or an adapter of HF PEFT."""
     return (Path(text) / "config.yaml").is_file() or peft_read.is_adapter(text)
+
+
+def reader(text: str) -> tuple[Any, ModelConfig]:
+    """The tokenizer and shape of a run, an adapter of HF PEFT or a model; no weights are read."""
+    named, tokenizer = text, None
+    if peft_read.is_adapter(text):
+        named = peft_read.settings(Path(text)).get("base_model_name_or_path") or ""
+    elif is_run(text):
+        model = load.load(folder.find(text) / "config.yaml").model
+        named, tokenizer = model.path, model.tokenizer
+    found = hf.resolve(locate.model(named))
+    return hf.tokenizer(locate.locate(tokenizer) if tokenizer else found), hf.read_config(found)
 
 
 def tokenizer_folder(parts: assemble.Parts) -> Path:

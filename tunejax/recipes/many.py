@@ -41,11 +41,20 @@ def run(config: schema.Config) -> dict[str, Any]:
     data = rows.read(config, opened.tokenizer, opened.model_config.kind, opened.prompt)
     parts = assemble.parts(config, opened, num_labels=len(data.labels), mesh=mesh)
     own = members.each_parts(parts, configs)
-    loaders = {c.seed: rows.loaders(c, data, sizes, parts.tokenizer) for c in configs}
+    beside = teacher.arrays(parts, data.train)
+    if teacher.on_policy(parts, data.train) is not None:
+        raise errors.ConfigError("many: with distill.on_policy each member writes its own rows; train them one by one")
+    loaders = {c.seed: rows.loaders(c, data, sizes, parts.tokenizer, beside) for c in configs}
     total = members.steps(config, loaders.values())
     evaluation = loaders[configs[0].seed].evaluation
 
     # One base; what every member begins with.
+    taught = teacher.find(parts, beside)
+    if taught.sizes:
+        raise errors.ConfigError(
+            f"many: distill.hidden trains projections beside {parts.method.name}, which members of one program cannot; "
+            "set distill.hidden.project: false, or train them one by one"
+        )
     loaded = assemble.load(parts)
     heads = members.drawn_heads(own, loaded)
     shapes = jax.eval_shape(parts.method.init, jax.random.key(0), loaded.params)
@@ -60,7 +69,7 @@ def run(config: schema.Config) -> dict[str, Any]:
         [many.factors_of(shapes, members.keyed(parts.method, f)) for f in plans], optimizer, loaded.params,
         [jax.random.key(c.seed) for c in configs], mesh, heads=heads,
     )  # fmt: skip
-    parts = teacher.beside(parts, base)
+    parts = teacher.beside(parts, taught, base)
     loaded = loaded._replace(params={})
 
     # The loop. From here on files are written.
@@ -104,7 +113,9 @@ def run(config: schema.Config) -> dict[str, Any]:
         }  # fmt: skip
         folder.write_rows(where / "metrics.jsonl", members.log_of(out, config, c, i))
         print(f"member {i}: seed {c.seed}, learning rate {c.train.learning_rate:g}, {judges[i].parts.method.name}")
-        summary, scores = train.leave(where, judges[i], final, base, loaded.base, counts[i], fresh, first[i], ran)
+        summary, scores = train.leave(
+            where, judges[i].parts, {}, judges[i], final, base, loaded.base, counts[i], fresh, first[i], ran
+        )
         train.conclude(where, judges[i].parts, first[i], scores, summary)
         summaries.append({"output_dir": c.output_dir, "seed": c.seed, **summary})
     summary = {"step": result.step, "stopped": result.stopped, "members": summaries}

@@ -8,6 +8,7 @@ import jax
 from tunejax.config import locate, schema
 from tunejax.data import audit, options, pipeline
 from tunejax.data import corpus as corpora
+from tunejax.data.collate import Beside
 from tunejax.data.corpus import Corpus
 from tunejax.recipes import settings
 
@@ -99,8 +100,10 @@ def _options(config: schema.Config, kind: str, prompt: tuple[int, ...]) -> optio
     )
 
 
-def loaders(config: schema.Config, rows: Rows, sizes: settings.Batches, tokenizer: Any) -> Loaders:
-    """Batches for training and evaluation, this process's share of them."""
+def loaders(
+    config: schema.Config, rows: Rows, sizes: settings.Batches, tokenizer: Any, beside: Beside | None = None
+) -> Loaders:
+    """Batches for training and evaluation, this process's share of them. beside: further arrays to train on."""
     assert rows.train is not None
     train = pipeline.make_loader(
         rows.train,
@@ -108,6 +111,7 @@ def loaders(config: schema.Config, rows: Rows, sizes: settings.Batches, tokenize
         seed=config.seed,
         shuffle=config.data.shuffle,
         group_by_length=config.data.group_by_length,
+        beside=beside,
         **_common(config, tokenizer),
     )
     return Loaders(train, evaluation_batches(config, rows, sizes, tokenizer))

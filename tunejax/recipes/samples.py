@@ -10,11 +10,15 @@ import numpy as np
 
 from tunejax.config import schema
 from tunejax.core.method import Context
+from tunejax.data import completions
 from tunejax.evaluate import exact_match, scores
 from tunejax.recipes import assemble, folder, rows
 from tunejax.train import evaluation
 from tunejax.train.state import TrainState
 from tunejax.train.step import Step
+
+ANSWERED = ("prompt_completion", "messages")
+"""Formats of rows that have a prompt."""
 
 
 class Judge(NamedTuple):
@@ -57,7 +61,7 @@ class Judge(NamedTuple):
             or (config.generation.prompts and not match)
         ):
             return []
-        if self.rows.held_out.report.format not in ("prompt_completion", "messages"):
+        if self.rows.held_out.report.format not in ANSWERED:
             return []
         tokenizer = self.parts.tokenizer
         examples = [self.rows.held_out.store[i] for i in range(min(limit, len(self.rows.held_out)))]
@@ -73,7 +77,7 @@ class Judge(NamedTuple):
         tokenizer = self.parts.tokenizer
         ids = [tokenizer(p)["input_ids"] for p in prompts]
         width = -(-max(map(len, ids)) // exact_match.ROUND) * exact_match.ROUND
-        new = generator(self.parts, params)(*exact_match.left_padded(ids, width))
+        new = generator(self.parts, params)(*completions.left_padded(ids, width))
         return [
             (p, tokenizer.decode(list(map(int, r)), skip_special_tokens=True))
             for p, r in zip(prompts, new, strict=True)

@@ -1,6 +1,10 @@
-"""The teacher of a run: another model, a run, or the base itself, put beside the run's objective."""
+"""The teacher of a run: another model, a run, or the base itself, put beside the run's objective; or its cache."""
 
-from typing import Any
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -8,32 +12,173 @@ import jax.numpy as jnp
 from tunejax.core import errors, paths
 from tunejax.core.model import Batch, Model
 from tunejax.core.paths import Params
-from tunejax.objectives import distill
-from tunejax.recipes import artefact, assemble
+from tunejax.data import align, teacher_cache
+from tunejax.data.collate import Beside
+from tunejax.data.corpus import Corpus
+from tunejax.generate import sampling
+from tunejax.models.config import ModelConfig
+from tunejax.objectives import distill, features
+from tunejax.recipes import artefact, assemble, samples
+from tunejax.recipes import rows as row_lib
+from tunejax.train import on_policy as policy
 
 ITSELF = "base"
+ALIKE = ("hidden", "relations", "on_policy")
+"""Of the section, what compares position by position."""
+OPTIONS = ("alpha", "logits", "temperature", "divergence", "beta", "target_weight")
 
 
-def beside(parts: assemble.Parts, base: Params) -> assemble.Parts:
+class Taught(NamedTuple):
+    """What a run learns beside its objective. sizes: of the kernels that train beside the method, by name.
+
+    teacher: its model and parameters; None where the base teaches, or a cache. aligned: it reads rows of its own.
+    """
+
+    teacher: tuple[Model, Params] | None = None
+    aligned: bool = False
+    terms: tuple[features.Term, ...] = ()
+    sizes: Mapping[str, tuple[int, int]] = {}
+
+    def with_method(self, parts: assemble.Parts) -> assemble.Parts:
+        """``parts`` whose method also trains what the terms need."""
+        return parts._replace(method=features.beside(parts.method, self.sizes))
+
+
+def find(parts: assemble.Parts, read: Beside | None) -> Taught:
+    """Opens the teacher that ``config.distill`` names, if any, and makes the terms on its features.
+
+    read: see `arrays`.
+
+    Raises:
+      ConfigError, CheckpointError: the teacher cannot be opened, lacks a head or a layer that is named, or tells other
+        tokens apart.
+    """
+    section = parts.config.distill
+    if section is None or section.cache is not None:
+        return Taught()
+    found, shape = (None, parts.model_config) if section.teacher == ITSELF else opened(parts, read is not None)
+    ours, terms, sizes = parts.model_config, [], {}
+    if section.hidden is not None:
+        project, options = section.hidden.project, section.hidden.model_dump(exclude={"project"})
+        terms.append(features.hidden(ours.num_layers, shape.num_layers, **options))
+        if ours.embed_dim != shape.embed_dim if project is None else project:
+            sizes = dict.fromkeys(terms[-1].taps, (ours.embed_dim, shape.embed_dim))
+    if section.relations is not None:
+        terms.append(features.relations(ours.num_layers, shape.num_layers, **section.relations.model_dump()))
+    model, params = found or (parts.model, jax.eval_shape(parts.model.init, jax.random.key(0)))
+    features.check(terms, sizes, parts.model, model, params, parts.mesh.size)
+    return Taught(found, read is not None, tuple(terms), sizes)
+
+
+def beside(parts: assemble.Parts, taught: Taught, base: Params) -> assemble.Parts:
     """``parts`` with the objective that ``config.distill`` asks for; as they are where it asks for none.
 
     Args:
       parts: of the run.
+      taught: see `find`.
       base: what the run holds frozen. As the teacher it costs no memory.
 
     Raises:
-      ConfigError, CheckpointError: the teacher cannot be opened, lacks a head, or tells other tokens apart.
+      ConfigError: the base is to teach, and the method leaves none.
     """
     section = parts.config.distill
     if section is None:
         return parts
-    model, params = _itself(parts, base) if section.teacher == ITSELF else _opened(parts, section.teacher)
-    options = distill.Options(**section.model_dump(exclude={"teacher"}))
-    return parts._replace(objective=distill.make(parts.objective, model, params, options))
+    options = distill.Options(**{name: getattr(section, name) for name in OPTIONS})
+    if section.cache is not None:
+        return parts._replace(objective=distill.from_cache(parts.objective, options))
+    model, params = taught.teacher or _itself(parts, base)
+    model = model if taught.aligned else _blind(model, parts)
+    made = distill.make(parts.objective, model, params, options, taught.terms)
+    return parts._replace(objective=made)
+
+
+def arrays(parts: assemble.Parts, rows: Corpus | None) -> Beside | None:
+    """What of the teacher the batches hold: its cache, opened for the training rows, or the rows as its tokenizer reads
+    them; None where they need nothing.
+
+    Raises:
+      ConfigError: the cache is not there, not finished or made for something else; or what rows by another tokenizer do
+        not go with.
+    """
+    section = parts.config.distill
+    if section is None or rows is None:
+        return None
+    if section.cache is None:
+        return _aligned(parts, rows)
+    return teacher_cache.Cache(
+        Path(section.cache),
+        rows.store,
+        vocabulary=vocabulary(parts),
+        temperature=section.temperature,
+        tokenizer=tokenizer_digest(parts.tokenizer),
+    )
+
+
+def _aligned(parts: assemble.Parts, rows: Corpus) -> align.Aligned | None:
+    """The rows by the tokenizer of the teacher, where that is another one and the divergence does not mind."""
+    section, data = parts.config.distill, parts.config.data
+    assert section is not None
+    if section.divergence != "uld" or section.teacher in (None, ITSELF):
+        return None
+    theirs, shape = artefact.reader(str(section.teacher))
+    if tokenizer_digest(theirs) == tokenizer_digest(parts.tokenizer):
+        return None
+    refused = {"data.packing": data.packing, **{f"distill.{n}": getattr(section, n) for n in ALIKE}}
+    for name, value in refused.items():
+        if value:
+            raise errors.ConfigError(
+                f"{name} does not go with a teacher of another tokenizer, and {section.teacher} has one"
+            )
+    update = {"max_length": shape.max_positions, "truncation": "end", "on_bad_row": "skip", "eval_path": None}
+    config = parts.config.model_copy(update={"data": data.model_copy(update={**update, "eos_token_id": None})})
+    read = row_lib.read(config, theirs, shape.kind).train
+    assert read is not None
+    return align.Aligned(rows.store, read.store, parts.tokenizer, theirs)
+
+
+def on_policy(parts: assemble.Parts, rows: Corpus | None) -> policy.Options | None:
+    """How the student writes what it learns from; None where ``config.distill`` does not ask for that.
+
+    Raises:
+      ConfigError: rows without prompts, or several processes.
+    """
+    section = None if parts.config.distill is None else parts.config.distill.on_policy
+    if section is None or rows is None:
+        return None
+    if rows.report.format not in samples.ANSWERED:
+        raise errors.ConfigError(
+            f"the rows have the format {rows.report.format!r}; distill.on_policy answers prompts: "
+            f"{' or '.join(samples.ANSWERED)}"
+        )
+    if not samples.single_process():
+        raise errors.ConfigError("distill.on_policy runs in one process, with as many devices as it has")
+    return policy.Options(
+        section.fraction,
+        section.max_new_tokens or parts.config.generation.max_new_tokens,
+        sampling.Sampling(temperature=section.temperature),
+        samples.stop_tokens(parts),
+        parts.config.data.max_length,
+        parts.tokenizer.pad_token_id or 0,
+        parts.prompt,
+        parts.config.seed,
+    )
+
+
+def vocabulary(parts: assemble.Parts) -> int:
+    """How many tokens or labels the model tells apart."""
+    shape = parts.model_config
+    return shape.num_labels if parts.config.model.head == "classification" else shape.vocab_size
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """Hex digest of a tokenizer's vocabulary."""
+    text = json.dumps(sorted(tokenizer.get_vocab().items()))
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 def _itself(parts: assemble.Parts, base: Params) -> tuple[Model, Params]:
-    """The base as a teacher; it does not see the student's virtual tokens."""
+    """The base as a teacher."""
     flat = paths.flatten(base)
     shapes = paths.flatten(jax.eval_shape(parts.model.init, jax.random.key(0)))
     holes = [p for p, x in shapes.items() if x is not None and flat.get(p) is None]  # an empty slot is no hole
@@ -42,12 +187,19 @@ def _itself(parts: assemble.Parts, base: Params) -> tuple[Model, Params]:
             f"distill.teacher is 'base', and {parts.method.name} trains {holes[0]} itself, so no base is left: "
             "use a method that leaves it frozen, or name the model again as distill.teacher"
         )
-    model = parts.model
+    return parts.model, base
+
+
+def _blind(model: Model, parts: assemble.Parts) -> Model:
+    """A teacher that does not see the virtual tokens of the student's rows."""
+    if not parts.method.prompt:
+        return model
 
     def hidden(params: Params, batch: Batch, **options: Any) -> Any:
-        return model.hidden(params, without_prompt(batch, model.vocab_size, parts.method.prompt), **options)
+        size = parts.model_config.vocab_size  # the student's, from which its virtual tokens count
+        return model.hidden(params, without_prompt(batch, size, parts.method.prompt), **options)
 
-    return model._replace(hidden=hidden), base
+    return model._replace(hidden=hidden)
 
 
 def without_prompt(batch: Batch, vocab_size: int, prompt: int) -> dict[str, Any]:
@@ -61,32 +213,64 @@ def without_prompt(batch: Batch, vocab_size: int, prompt: int) -> dict[str, Any]
     }
 
 
-def _opened(parts: assemble.Parts, name: str) -> tuple[Model, Params]:
-    """A run folder's tuned model, or a checkpoint, with the student's kind of head, on the student's mesh."""
-    mesh = [f"mesh.{axis}={size}" for axis, size in parts.mesh.shape.items()]
-    head = parts.config.model.head or "lm"
+def opened(parts: assemble.Parts, aligned: bool = False) -> tuple[tuple[Model, Params], ModelConfig]:
+    """A run folder's tuned model, or a checkpoint, with the student's kind of head, on the student's mesh.
+
+    It takes rows without virtual tokens. aligned: they are its own tokenizer's.
+
+    Raises:
+      ConfigError, CheckpointError: see `find`.
+    """
+    section = parts.config.distill
+    assert section is not None
+    assert section.teacher is not None
+    name, head = section.teacher, parts.config.model.head or "lm"
     if artefact.is_run(name):
-        tuned = artefact.open_run(name, mesh)
+        tuned = artefact.open_run(name, [f"mesh.{axis}={size}" for axis, size in parts.mesh.shape.items()])
         theirs = tuned.parts.config.model.head or "lm"
         if theirs != head:
             raise errors.ConfigError(f"distill.teacher {name} has the head {theirs!r}; the student's is {head!r}")
+        if tuned.parts.prompt:
+            raise errors.ConfigError(
+                f"distill.teacher {name} was tuned by {tuned.parts.method.name}, and the student's rows do not begin "
+                "with its virtual tokens: name a teacher without any"
+            )
         model, params, shape = tuned.parts.model, tuned.params, tuned.parts.model_config
     else:
         model, params, shape = _checkpoint(parts, name, head)
-    ours = parts.model_config
-    if (shape.num_labels if head == "classification" else shape.vocab_size) != (
-        ours.num_labels if head == "classification" else ours.vocab_size
-    ):
+    if not aligned:
+        _check(parts, name, shape)
+    return (model, params), shape
+
+
+def _check(parts: assemble.Parts, name: str, shape: ModelConfig) -> None:
+    """Raises ConfigError where the teacher cannot be compared with the student, or does not take its rows."""
+    section, ours = parts.config.distill, parts.model_config
+    assert section is not None
+    theirs, known = artefact.reader(name)[0].get_vocab(), parts.tokenizer.get_vocab()
+    other = next((t for t, i in sorted(known.items(), key=lambda item: item[1]) if theirs.get(t, i) != i), None)
+    if other is not None:
+        raise errors.ConfigError(
+            f"distill.teacher {name} has another tokenizer ({other!r} is {theirs[other]} there, {known[other]} here): "
+            "set distill.divergence: uld, or train on what it writes (tunejax distill-generate)"
+        )
+    labels = parts.config.model.head == "classification"
+    same = shape.num_labels == ours.num_labels if labels else shape.vocab_size == ours.vocab_size
+    if section.logits and section.divergence != "uld" and not same:
         raise errors.ConfigError(
             f"distill.teacher {name} has a vocabulary of {shape.vocab_size} tokens and {shape.num_labels} labels; the "
             f"student {ours.vocab_size} and {ours.num_labels}: distilling logits needs the same ones"
+        )
+    if shape.vocab_size < len(parts.tokenizer):
+        raise errors.ConfigError(
+            f"distill.teacher {name} has a vocabulary of {shape.vocab_size} tokens; the student's tokenizer has "
+            f"{len(parts.tokenizer)}"
         )
     if shape.max_positions < parts.config.data.max_length:
         raise errors.ConfigError(
             f"distill.teacher {name} has {shape.max_positions} positions, and data.max_length is "
             f"{parts.config.data.max_length}"
         )
-    return model, params
 
 
 def _checkpoint(parts: assemble.Parts, name: str, head: str) -> tuple[Model, Params, Any]:

@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ from tunejax import plots
 from tunejax.config import load, schema
 from tunejax.core import digest, errors, paths, table
 from tunejax.methods import report
+from tunejax.objectives import features
 from tunejax.recipes import adapter, assemble, folder, rows, runtime, samples, settings, teacher
-from tunejax.train import checkpoint, loop, metrics, sharding, state, step
+from tunejax.train import checkpoint, loop, metrics, on_policy, sharding, state, step
 
 
 def main(args: argparse.Namespace) -> int:
@@ -48,7 +50,8 @@ def run(config: schema.Config) -> dict[str, Any]:
     opened = assemble.opened(config)
     data = rows.read(config, opened.tokenizer, opened.model_config.kind, opened.prompt)
     parts = assemble.parts(config, opened, num_labels=len(data.labels), mesh=mesh)
-    loaders = rows.loaders(config, data, sizes, parts.tokenizer)
+    beside, writes = teacher.arrays(parts, data.train), teacher.on_policy(parts, data.train)
+    loaders = rows.loaders(config, data, sizes, parts.tokenizer, beside)
     total = settings.total_steps(config, loaders.train.plan.steps)
     optimizer = settings.optimizer(config, total)
 
@@ -65,9 +68,11 @@ def run(config: schema.Config) -> dict[str, Any]:
     counts = table.table(loaded.params, shapes.train, shapes.edits)
     announce(parts, counts, report.describe(parts.method, loaded.params, shapes), data, total)
     fresh = {p: adapter.on_host(paths.get(loaded.params, p)) for p in loaded.fresh if p not in shapes.edits}
+    taught = teacher.find(parts, beside)
+    tuned, parts = parts, taught.with_method(parts)
     begun, base = state.start(parts.model, parts.method, optimizer, loaded.params, key, mesh)
     if config.distill is not None:
-        parts = teacher.beside(parts, base)
+        parts = teacher.beside(parts, taught, base)
         one = training_step(parts, optimizer, sizes)
     loaded = loaded._replace(params={})  # what trains whole has moved out of it
 
@@ -81,7 +86,7 @@ def run(config: schema.Config) -> dict[str, Any]:
     judge = samples.Judge(parts, one, data, loaders.evaluation)
     start_scores = samples.before(judge, begun, base, out)
     result = loop.fit(
-        one, begun, base, loaders.train, options,
+        one if writes is None else on_policy.OnPolicy(one, writes), begun, base, loaders.train, options,
         eval_loader=loaders.evaluation,
         checkpointer=saved,
         writers=lambda at: metrics.make_writers(out, config.train.report_to, at),
@@ -108,10 +113,12 @@ def run(config: schema.Config) -> dict[str, Any]:
         "tokens_per_second": result.watch.tokens_per_second,
         "train_seconds": result.watch.seconds,
     }
-    summary, end_scores = leave(out, judge, final, base, loaded.base, counts, fresh, start_scores, ran)
+    summary, end_scores = leave(
+        out, tuned, taught.sizes, judge, final, base, loaded.base, counts, fresh, start_scores, ran
+    )
     if jax.process_index():
         return summary
-    conclude(out, parts, start_scores, end_scores, summary)
+    conclude(out, tuned, start_scores, end_scores, summary)
     return summary
 
 
@@ -124,18 +131,20 @@ def training_step(parts: assemble.Parts, optimizer: Any, sizes: settings.Batches
 
 
 def leave(
-    out: Path, judge: samples.Judge, final: state.TrainState, base: paths.Params, origin: adapter.Base,
-    counts: table.Table, fresh: dict[str, Any], start_scores: dict[str, float], ran: dict[str, Any],
+    out: Path, tuned: assemble.Parts, beside: Mapping[str, Any], judge: samples.Judge, final: state.TrainState,
+    base: paths.Params, origin: adapter.Base, counts: table.Table, fresh: dict[str, Any],
+    start_scores: dict[str, float], ran: dict[str, Any],
 ) -> tuple[dict[str, Any], dict[str, float]]:  # fmt: skip
     """Writes the adapter and the samples of a run; returns its summary and its scores.
 
-    ran: what the summary says of the loop.
+    tuned: whose method is kept; beside: what else trained, as of `features.own`; ran: what the summary says of the
+    loop.
     """
     parts, config, data = judge.parts, judge.parts.config, judge.rows
-    info = {"method": config.method, "name": parts.method.name, "head": config.model.head, "seed": config.seed,
+    info = {"method": config.method, "name": tuned.method.name, "head": config.model.head, "seed": config.seed,
             "num_labels": parts.model_config.num_labels, "labels": list(data.labels), "step": ran["step"]}  # fmt: skip
-    trees = {"train": final.train, "state": final.state, "fresh": fresh}
-    adapter.save(out / "adapter", trees, origin, info)
+    own = {name: features.own(tuned.method, beside, getattr(final, name)) for name in ("train", "state")}
+    adapter.save(out / "adapter", {**own, "fresh": fresh}, origin, info)
     end_scores = judge(final, base, out, "after")
     summary = {
         **{f"before_{k}": v for k, v in start_scores.items()},

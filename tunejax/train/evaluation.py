@@ -9,10 +9,10 @@ import numpy as np
 from tunejax.core.paths import Params
 from tunejax.train import sharding, signals
 from tunejax.train.state import TrainState
-from tunejax.train.step import Step
+from tunejax.train.step import Steps
 
 
-def evaluate(step: Step, state: TrainState, base: Params, batches: Iterable) -> dict[str, float]:
+def evaluate(step: Steps, state: TrainState, base: Params, batches: Iterable) -> dict[str, float]:
     """Means over all rows of ``batches`` (this process's rows), exact whatever the batch sizes, as the objective's
     ``scores`` gives them.
 

@@ -17,7 +17,7 @@ from tunejax.train import progress as progress_lib
 from tunejax.train import signals
 from tunejax.train.evaluation import evaluate
 from tunejax.train.state import TrainState
-from tunejax.train.step import Step
+from tunejax.train.step import Steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Result:
 
 
 def fit(
-    step: Step,
+    step: Steps,
     state: TrainState,
     base: Params,
     loader: Any,
@@ -131,7 +131,7 @@ class _Run:
     """What `fit` keeps while it goes."""
 
     def __init__(
-        self, step: Step, state: TrainState, base: Params, loader: Any, options: Options, eval_loader: Any,
+        self, step: Steps, state: TrainState, base: Params, loader: Any, options: Options, eval_loader: Any,
         checkpointer: Any, learning_rate: Any, on_eval: Any,
     ) -> None:  # fmt: skip
         self.step, self.state, self.base, self.loader, self.options = step, state, base, loader, options

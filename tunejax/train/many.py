@@ -223,9 +223,7 @@ def _scores(objective: Objective, count: int) -> Callable[[dict[str, Any]], dict
 
     def scores(means: dict[str, Any]) -> dict[str, Any]:
         fronts = [f"{i}/" for i in range(count)]
-        each = [
-            objective.scores({k.removeprefix(f): v for k, v in means.items() if k.startswith(f)}) for f in fronts
-        ]
+        each = [objective.scores({k.removeprefix(f): v for k, v in means.items() if k.startswith(f)}) for f in fronts]
         named = {f + k: v for f, one in zip(fronts, each, strict=True) for k, v in one.items()}
         return {**named, **{k: np.mean([one[k] for one in each]) for k in each[0]}}
 

@@ -12,10 +12,10 @@ class Progress:
     Context manager. Only the first process shows anything.
     """
 
-    def __init__(self, total: int | None, start: int = 0, *, shown: bool = True) -> None:
+    def __init__(self, total: int | None, start: int = 0, *, shown: bool = True, what: str = "train") -> None:
         self.total = total
         self._shown = shown and jax.process_index() == 0
-        self._start = start
+        self._start, self._what = start, what
         self._bar: Any = None
         self._task: Any = None
 
@@ -34,7 +34,7 @@ class Progress:
                 console=console.Console(stderr=True),
             )
             self._bar.start()
-            self._task = self._bar.add_task("train", total=self.total, completed=self._start, text="")
+            self._task = self._bar.add_task(self._what, total=self.total, completed=self._start, text="")
         return self
 
     def __exit__(self, *exc: object) -> None:

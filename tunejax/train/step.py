@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,29 @@ from tunejax.train.state import TrainState
 
 Metrics = dict[str, jax.Array]
 Sums = dict[str, tuple[jax.Array, jax.Array]]
+
+
+class Steps(Protocol):
+    """What the loop asks of a `Step`; another may prepare the batch first."""
+
+    objective: Objective
+    mesh: Mesh
+
+    def __call__(self, state: TrainState, base: Params, frozen: Params, batch: Any) -> tuple[TrainState, Metrics]:
+        """See `Step`."""
+        ...
+
+    def put(self, batch: Any) -> Any:
+        """This process's rows as what a call takes."""
+        ...
+
+    def evaluate(self, state: TrainState, base: Params, frozen: Params, batch: Any) -> Sums:
+        """See `Step.evaluate`."""
+        ...
+
+    def memory(self, state: TrainState, base: Params, frozen: Params, batch: Any) -> int | None:
+        """See `Step.memory`; batch: of the last call."""
+        ...
 
 
 class Step:
