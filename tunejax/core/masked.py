@@ -122,6 +122,17 @@ def put(params: Params, masks: Mapping[str, jax.Array], seen: Mapping[str, jax.A
     return paths.replace(params, out)
 
 
+def taken_off(params: Params) -> Params:
+    """``params`` without the masks of `put`: no `Masked` stands outermost anywhere, and every gate is empty."""
+    flat = paths.flatten(params)
+    for path, leaf in flat.items():
+        while isinstance(leaf, Masked):
+            leaf = leaf.base
+        flat[path] = leaf
+    flat.update({units.GATE.format(s.name): None for s in paths.segments(params)})
+    return paths.unflatten(flat)
+
+
 def _gates(params: Params, mask: jax.Array) -> dict[str, Any]:
     out = {}
     for s in paths.segments(params):

@@ -112,13 +112,13 @@ def gathered(values: jax.Array, units: int) -> jax.Array:
 
 
 def squares(params: Params, name: str, units: int) -> jax.Array:
-    """The sum of squares of each unit's parameters, float32 [rows, units]. Biases count, operators by their kernels."""
+    """The sum of squares of each unit's parameters, float32 [rows, units]; of an operator, of its kernel."""
     if name == "depth":
         return _layer_squares(params)
     per_segment: dict[str, Any] = {}
     outside: Any = 0.0
     for path, leaf, axis in places(params, name):
-        x = jnp.square(operators.dense(leaf).astype(jnp.float32))
+        x = jnp.square(_values(leaf))
         front = path.startswith("layers/")
         other = tuple(i for i in range(1 if front else 0, x.ndim) if i != x.ndim + axis)
         found = gathered(x.sum(other), units)
@@ -137,9 +137,18 @@ def _layer_squares(params: Params) -> jax.Array:
     for s in paths.segments(params):
         block = params["layers"][s.name]
         written = (block["attention"]["o"]["kernel"], block["mlp"]["down"]["kernel"])
-        kernels = [operators.dense(k).astype(jnp.float32) for k in written]
-        parts.append(sum(jnp.square(k).sum((-1, -2)) for k in kernels))
+        parts.append(sum(jnp.square(_values(k)).sum((-1, -2)) for k in written))
     return jnp.concatenate(parts)[None]
+
+
+def _values(leaf: Any) -> jax.Array:
+    """The kernel that a leaf stands for, in float32; where there is none, that which its operator was put around."""
+    while operators.is_operator(leaf):
+        try:
+            leaf = leaf.dense()
+        except errors.NotLinear:
+            leaf = leaf.base
+    return leaf.astype(jnp.float32)
 
 
 def parameters(params: Params, kept: Mapping[str, int], units: Mapping[str, int]) -> int:

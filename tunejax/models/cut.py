@@ -74,15 +74,7 @@ def bare(bound: Params) -> Params:
     Raises:
       NotLinear: some operator has no plain kernel.
     """
-
-    def unmasked(leaf: Any) -> Any:
-        while isinstance(leaf, masked.Masked):
-            leaf = leaf.base
-        return leaf
-
-    flat = {p: unmasked(x) for p, x in paths.flatten(bound).items()}
-    flat.update({units.GATE.format(s.name): None for s in paths.segments(bound)})
-    return operators.densify(paths.unflatten(flat))
+    return operators.densify(masked.taken_off(bound))
 
 
 def cut(

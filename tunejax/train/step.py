@@ -103,7 +103,7 @@ def make_step(
             scale *= jnp.minimum(1.0, max_grad_norm / (norm + 1e-6))
         grads = jax.tree.map(lambda g, p: (g * scale).astype(p.dtype), grads, state.train)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-        new = _updated(method, optimizer, state, grads, ctx, finite)
+        new = _updated(method, optimizer, state, base, grads, ctx, finite)
         metrics = {"loss": loss, "weight": weight, "grad_norm": norm, "nonfinite": new.nonfinite[0].astype(jnp.float32)}
         return new, {**{name: mean(*pair) for name, pair in sums.items()}, **metrics}
 
@@ -147,12 +147,13 @@ def _accumulated(
 
 
 def _updated(
-    method: Method, optimizer: Any, state: TrainState, grads: Any, ctx: Context, finite: jax.Array
+    method: Method, optimizer: Any, state: TrainState, base: Params, grads: Any, ctx: Context, finite: jax.Array
 ) -> TrainState:
     """The next state; where the loss or a gradient is not finite, everything but the counters stays as it was."""
     updates, opt_state = optimizer.update(grads, state.opt_state, state.train)
     updates = jax.tree.map(lambda u, rate: u if rate == 1 else rate * u, updates, method.rates(state.train))
     train = optax.apply_updates(state.train, updates)
+    ctx = ctx._replace(params=lambda: method.bind(base, train, state.state, Context()))
     kept = (state.train, state.state, state.opt_state)
     made = (train, method.update(train, state.state, grads, ctx), opt_state)
     train, method_state, opt_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), made, kept)
