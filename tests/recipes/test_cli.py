@@ -9,7 +9,7 @@ import pytest
 from tunejax import cli
 from tunejax.core import errors
 
-VERBS = ("train", "validate", "preprocess", "evaluate", "generate", "export", "methods", "env")
+VERBS = ("train", "validate", "preprocess", "evaluate", "generate", "export", "shrink", "methods", "env")
 
 
 def test_help_needs_nothing_heavy():

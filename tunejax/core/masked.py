@@ -18,6 +18,9 @@ from tunejax.core.paths import Params
 PROBE = 2.0**-10
 """Probes are scaled by it, so that their gradients weigh nothing in the norm that gradients are clipped by."""
 
+SCORES = "importance"
+"""Under this name a method keeps, in its state, the scores that its masks follow: dimension -> [rows, units]."""
+
 
 @operators.operator
 class Masked:
@@ -131,6 +134,16 @@ def taken_off(params: Params) -> Params:
         flat[path] = leaf
     flat.update({units.GATE.format(s.name): None for s in paths.segments(params)})
     return paths.unflatten(flat)
+
+
+def scores(state: Any) -> dict[str, Any]:
+    """The scores of the last method of a chain that keeps some; empty where none does."""
+    found: dict[str, Any] = {}
+    if isinstance(state, Mapping):
+        for key, value in state.items():
+            inner = value if key == SCORES and set(value) <= set(units.DIMENSIONS) else scores(value)
+            found.update(inner)
+    return found
 
 
 def _gates(params: Params, mask: jax.Array) -> dict[str, Any]:

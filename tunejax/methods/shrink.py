@@ -93,7 +93,7 @@ def shrink(
             "updates": jnp.zeros((), jnp.int32),
             "target": {name: jnp.full((), t, jnp.int32) for name, t in target.items()},
             "kept": {name: jnp.ones(s, bool) for name, s in shapes.items()},
-            "importance": jax.tree.map(jnp.zeros_like, zeros),
+            masked.SCORES: jax.tree.map(jnp.zeros_like, zeros),
         }
         return Start(train={} if importance == "magnitude" else {"probe": zeros}, state=state)
 
@@ -110,16 +110,16 @@ def shrink(
         moves = (since > 0) & (since <= steps) & ((since % every == 0) | (since == steps))
         left = remaining(schedule, jnp.clip(since / steps, 0.0, 1.0), len(dimensions), stages)
         if importance == "magnitude":
-            found = jax.lax.cond(moves, lambda: _magnitudes(ctx, state), lambda: state["importance"])
+            found = jax.lax.cond(moves, lambda: _magnitudes(ctx, state), lambda: state[masked.SCORES])
         else:
             slopes = {name: g / SCALES[importance] for name, g in grads["probe"].items()}
-            found = {name: _gathered(importance, beta, state["importance"][name], g) for name, g in slopes.items()}
+            found = {name: _gathered(importance, beta, state[masked.SCORES][name], g) for name, g in slopes.items()}
         kept = {}
         for name, old in state["kept"].items():
             most, least = old.shape[1], state["target"][name]
             count = least + jnp.ceil((most - least) * left[order[name]]).astype(jnp.int32)
             kept[name] = jnp.where(moves, greatest(found[name], count), old)
-        return {"updates": updates, "target": state["target"], "kept": kept, "importance": found}
+        return {"updates": updates, "target": state["target"], "kept": kept, masked.SCORES: found}
 
     order = {name: i for i, name in enumerate(dimensions)}
     rates = lambda train: jax.tree.map(lambda x: 0.0, train)  # noqa: E731
@@ -152,7 +152,7 @@ def _magnitudes(ctx: Context, state: Any) -> dict[str, jax.Array]:
     if ctx.params is None:
         raise errors.ConfigError("shrink: magnitude needs the parameters of the step, which its caller does not give")
     params = masked.taken_off(ctx.params())
-    return {name: units.squares(params, name, old.shape[1]) for name, old in state["importance"].items()}
+    return {name: units.squares(params, name, old.shape[1]) for name, old in state[masked.SCORES].items()}
 
 
 def _targets(

@@ -6,7 +6,7 @@ from pathlib import Path
 from tunejax.config import locate
 from tunejax.core import errors
 from tunejax.interop import hf, peft
-from tunejax.recipes import artefact, runtime
+from tunejax.recipes import artefact, folder, runtime
 
 
 def main(args: argparse.Namespace) -> None:
@@ -16,9 +16,7 @@ def main(args: argparse.Namespace) -> None:
       NotLinear: an operator has no plain kernel.
       ConfigError: the output folder holds something, or PEFT has no form for the method.
     """
-    output = Path(args.output)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise errors.ConfigError(f"--output {output} exists and is not an empty folder; name a new one")
+    output = folder.fresh(args.output)
     runtime.begin()
     tuned = artefact.open_run(args.run)
     (_peft if args.format == "peft" else _merged)(output, tuned, args)

@@ -53,6 +53,14 @@ def find(text: str) -> Path:
     return path
 
 
+def fresh(text: str) -> Path:
+    """The folder to write a model to. Raises ConfigError where there is something already."""
+    path = Path(text)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise errors.ConfigError(f"output {path} exists and is not an empty folder; name a new one")
+    return path
+
+
 def write(path: Path, text: str) -> None:
     """Writes a whole file or nothing: a reader never sees half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
