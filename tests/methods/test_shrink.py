@@ -7,7 +7,7 @@ import pytest
 import tiny
 import trains
 
-from tunejax.core import errors, masked, paths, units
+from tunejax.core import errors, gradual, masked, paths, units
 from tunejax.core import method as methods
 from tunejax.core.method import Context
 from tunejax.methods import full, registry, shrink
@@ -78,16 +78,16 @@ def test_activation_is_the_mean_square_of_what_kernels_read():
 
 def test_schedules():
     at = np.linspace(0, 1, 11)
-    np.testing.assert_allclose(shrink.remaining("cubic", at, 2, 1)[1], (1 - at) ** 3, rtol=1e-5, atol=1e-7)
-    one, two = (np.asarray(x) for x in shrink.remaining("stages", np.array([0, 0.1, 0.3, 0.5, 0.6, 0.8, 1.0]), 2, 2))
+    np.testing.assert_allclose(gradual.remaining("cubic", at, 2, 1)[1], (1 - at) ** 3, rtol=1e-5, atol=1e-7)
+    one, two = (np.asarray(x) for x in gradual.remaining("stages", np.array([0, 0.1, 0.3, 0.5, 0.6, 0.8, 1.0]), 2, 2))
     np.testing.assert_allclose(one, [1, 0.5, 0, 0, 0, 0, 0])
     np.testing.assert_allclose(two, [1, 1, 1, 1, 0.5, 0, 0])
-    np.testing.assert_allclose(shrink.remaining("one_shot", np.array([0, 0.1, 1]), 1, 1)[0], [1, 0, 0])
+    np.testing.assert_allclose(gradual.remaining("one_shot", np.array([0, 0.1, 1]), 1, 1)[0], [1, 0, 0])
 
 
 def test_greatest():
     scores = jnp.array([[3.0, 1, 2, 2], [0, 0, 0, 0]])
-    np.testing.assert_array_equal(shrink.greatest(scores, 2), [[1, 0, 1, 0], [1, 1, 0, 0]])
+    np.testing.assert_array_equal(gradual.greatest(scores, 2), [[1, 0, 1, 0], [1, 1, 0, 0]])
 
 
 def walked(method, updates):
@@ -116,6 +116,37 @@ def test_masks_follow_the_schedule_and_end_at_the_target():
     assert [tuple(c.values()) for c in walked(staged, 8)[0]] == [(3, 18)] * 2 + [(3, 12)] * 2 + [(2, 12)] * 2 + [
         (1, 12)
     ] * 2
+
+
+def test_the_loss_gates():
+    """On while the loss is low, waiting where it is high, back to the last good size where it stays so."""
+    method = shrink.shrink({"mlp": 0.5}, schedule="loss_gated", max_loss=1.0, steps=4, every=1, patience=2, beta=0.0)
+    _, start = begun(method, tiny.params())
+    run = jax.jit(lambda s, value: method.update(start.train, s, start.train, Context(loss=value)))
+
+    def walk(losses):
+        state, sizes = start.state, []
+        for value in losses:
+            state = run(state, value)
+            sizes.append(int(state["kept"]["mlp"][0].sum()))
+        return sizes
+
+    assert walk([0.5] * 6) == [21, 18, 15, 12, 12, 12]
+    assert walk([0.5, 0.5, 2.0, 0.5, 0.5, 0.5]) == [21, 18, 18, 15, 12, 12]
+    assert walk([0.5, 0.5, 2.0, 2.0, 0.5, 0.5]) == [21, 18, 18, 21, 21, 21]
+    assert walk([2.0] * 3) == [24] * 3
+    assert walk([0.5] * 4 + [2.0] * 3) == [21, 18, 15, 12, 12, 15, 15]
+    with pytest.raises(errors.ConfigError, match="needs the loss of the step"):
+        method.update(start.train, start.state, start.train, Context())
+
+
+def test_the_step_gives_its_loss():
+    gated = {"name": "shrink", "schedule": "loss_gated", "max_loss": 100.0, "steps": 2, "every": 1}
+    losses, state = trains.run([{"name": "full"}, gated], steps=3)
+    gate = state.state["1:shrink"]["gate"]
+    assert gate["moved"] == 2
+    average = losses[0] * 0.81 + losses[1] * 0.09 + losses[2] * 0.1
+    np.testing.assert_allclose(gate["loss"], average, rtol=1e-5)
 
 
 def test_a_part_of_the_parameters():
@@ -171,6 +202,8 @@ def test_bad_arguments():
         ({"steps": 0, "beta": 1.0}, "steps is 0; it must be at least 1; beta is 1.0"),
         ({"keep": {"depth": 0.5}, "importance": "activation"}, "a layer has no activation"),
         ({"keep": {"heads": 0.5}}, "give num_kv_heads"),
+        ({"schedule": "loss_gated"}, "needs max_loss"),
+        ({"max_loss": 1.0}, "no other schedule takes max_loss"),
     ):
         with pytest.raises(errors.ConfigError, match=says):
             shrink.shrink(**arguments)

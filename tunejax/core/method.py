@@ -22,13 +22,14 @@ class Context(NamedTuple):
 
     step: int32 scalar, the optimiser step. key: a PRNG key, or None where nothing is random. train: dropout is on.
     params: within `Method.update`, () -> the parameters that the whole chain binds after this step; elsewhere None.
-      Nothing is computed that is not asked for.
+      Nothing is computed that is not asked for. loss: float32 scalar, the batch's mean, likewise in `Method.update`.
     """
 
     step: Any = 0
     key: Any = None
     train: bool = False
     params: Callable[[], Params] | None = None
+    loss: Any = None
 
 
 class Start(NamedTuple):

@@ -103,7 +103,7 @@ def make_step(
             scale *= jnp.minimum(1.0, max_grad_norm / (norm + 1e-6))
         grads = jax.tree.map(lambda g, p: (g * scale).astype(p.dtype), grads, state.train)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-        new = _updated(method, optimizer, state, base, grads, ctx, finite)
+        new = _updated(method, optimizer, state, base, grads, ctx._replace(loss=loss), finite)
         metrics = {"loss": loss, "weight": weight, "grad_norm": norm, "nonfinite": new.nonfinite[0].astype(jnp.float32)}
         return new, {**{name: mean(*pair) for name, pair in sums.items()}, **metrics}
 
