@@ -56,6 +56,7 @@ NAMES: dict[str, str] = {
     "lst": "tunejax.methods.lst:lst",
     "adapter_fusion": "tunejax.methods.fusion:adapter_fusion",
     "shrink": "tunejax.methods.shrink:shrink",
+    "prune": "tunejax.methods.prune:prune",
 }
 """Name in a config -> where its factory lies."""
 
