@@ -71,6 +71,7 @@ def parser() -> argparse.ArgumentParser:
     shrink = verb("shrink", "cut away what a run masked, and write the smaller model for transformers")
     shrink.add_argument("run", help="run folder whose method masks units (shrink)")
     shrink.add_argument("output", help="folder to write; must not exist or be empty")
+    shrink.add_argument("overrides", nargs="*", metavar="key=value", help="override a key of its config")
     shrink.add_argument(
         "--dtype", choices=["float32", "bfloat16", "float16"], help="of the weights (default: as loaded)"
     )

@@ -32,6 +32,7 @@ SPECS = {name: {"name": name} for name in registry.NAMES} | {
     "loftq": {"name": "loftq", "rank": 2},
     "lst": {"name": "lst", "reduction_factor": 2},
     "prune": [{"name": "full"}, {"name": "prune", "density": 0.9, "steps": 4, "every": 1}],
+    "supernet": [{"name": "full"}, {"name": "supernet", "keep": {"heads": 1.0, "mlp": 0.9}, "sizes": 3}],
     "shrink": [{"name": "full"}, {"name": "shrink", "keep": {"heads": 1.0, "mlp": 0.8}, "steps": 4, "every": 1}],
 }
 DEPTH = {"s4": 4}

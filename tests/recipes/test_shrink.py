@@ -89,6 +89,18 @@ def test_a_run_that_was_stopped_ends_with_the_same_masks(world, monkeypatch):
         assert array.tobytes() == two[name].tobytes(), name
 
 
+def test_sizes_of_one_run_while_it_is_taught(world, tmp_path):
+    out, model = world / "super", world / "model"
+    changes = ["method=[full, {name: supernet, keep: {mlp: 0.5, hidden: 0.5}, sizes: 3}]", f"output_dir={out}",
+               f"distill={{teacher: {model}, alpha: 0.5}}"]  # fmt: skip
+    assert cli.main(["train", str(world / "my.yaml"), *changes, *QUICK]) == 0
+    for size, (mlp, hidden) in enumerate(((24, 16), (18, 12), (12, 8))):
+        small = tmp_path / str(size)
+        assert cli.main(["shrink", str(out), str(small), f"method.1.size={size}"]) == 0
+        c = transformers.AutoModelForCausalLM.from_pretrained(small).config
+        assert (c.intermediate_size, c.hidden_size) == (mlp, hidden)
+
+
 def test_what_cannot_be_shrunk(world, tmp_path, capsys):
     assert cli.main(["shrink", str(world / "run"), str(world / "model")]) == 2
     assert "is not an empty folder" in capsys.readouterr().err
@@ -98,4 +110,6 @@ def test_what_cannot_be_shrunk(world, tmp_path, capsys):
     assert "masks nothing: its method is lora" in capsys.readouterr().err
     assert cli.main(["shrink", str(world / "run"), str(tmp_path / "none"), "--length", "1000"]) == 2
     assert "1 to 64 tokens" in capsys.readouterr().err
+    assert cli.main(["export", str(world / "run"), "--output", str(tmp_path / "none")]) == 2
+    assert "the run masks layers" in capsys.readouterr().err
     assert cut.head_counts(artefact.open_run(str(world / "run")).parts.model_config, "lm") == (1, 2)

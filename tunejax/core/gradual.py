@@ -73,6 +73,11 @@ def greatest(scores: jax.Array, kept: Any) -> jax.Array:
     return jnp.argsort(order, axis=-1) < kept
 
 
+def fitting(count: int, allowed: Sequence[int] | None) -> int:
+    """The greatest allowed number that is at most ``count``, or the least there is; ``count`` where any is allowed."""
+    return max((c for c in allowed if c <= count), default=min(allowed)) if allowed else count
+
+
 def targets(
     params: Params,
     keep: Mapping[str, float],
@@ -97,10 +102,7 @@ def targets(
         return {name: max(1, round(part * sizes[name])) for name, part in share.items()}
 
     def allowed(wanted: dict[str, int]) -> dict[str, int]:
-        if "heads" not in wanted or not head_counts:
-            return wanted
-        below = [c for c in head_counts if c <= wanted["heads"]]
-        return {**wanted, "heads": max(below, default=min(head_counts))}
+        return {k: fitting(c, head_counts) if k == "heads" else c for k, c in wanted.items()}
 
     if parameters is None:
         wanted = counts(keep)

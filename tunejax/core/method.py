@@ -23,6 +23,7 @@ class Context(NamedTuple):
     step: int32 scalar, the optimiser step. key: a PRNG key, or None where nothing is random. train: dropout is on.
     params: within `Method.update`, () -> the parameters that the whole chain binds after this step; elsewhere None.
       Nothing is computed that is not asked for. loss: float32 scalar, the batch's mean, likewise in `Method.update`.
+    turn: int32 scalar, how many micro-batches came before this one.
     """
 
     step: Any = 0
@@ -30,6 +31,7 @@ class Context(NamedTuple):
     train: bool = False
     params: Callable[[], Params] | None = None
     loss: Any = None
+    turn: Any = 0
 
 
 class Start(NamedTuple):

@@ -57,6 +57,7 @@ NAMES: dict[str, str] = {
     "adapter_fusion": "tunejax.methods.fusion:adapter_fusion",
     "shrink": "tunejax.methods.shrink:shrink",
     "prune": "tunejax.methods.prune:prune",
+    "supernet": "tunejax.methods.supernet:supernet",
 }
 """Name in a config -> where its factory lies."""
 

@@ -29,7 +29,7 @@ def main(args: argparse.Namespace) -> None:
     """
     output = folder.fresh(args.output)
     runtime.begin()
-    tuned = artefact.open_run(args.run)
+    tuned = artefact.open_run(args.run, args.overrides)
     parts, config = tuned.parts, tuned.parts.model_config
     head, dtype = parts.config.model.head or "lm", jnp.dtype(parts.config.model.dtype)
     bound = tuned.params

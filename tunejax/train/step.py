@@ -92,7 +92,7 @@ def make_step(
 
     def update(state: TrainState, base: Params, frozen: Params, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(state.key, state.step)
-        ctx = Context(step=state.step, key=key, train=True)
+        ctx = Context(step=state.step, key=key, train=True, turn=state.step * accumulate)
         if accumulate == 1:
             grads, loss, weight, sums = gradients(state, base, frozen, batch, ctx)
         else:
@@ -135,7 +135,7 @@ def _accumulated(
     micro = {k: jnp.swapaxes(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 0, 1) for k, x in batch.items()}
 
     def one(j: jax.Array, rows: Batch) -> Any:
-        return gradients(state, base, frozen, rows, ctx._replace(key=jax.random.fold_in(ctx.key, j)))
+        return gradients(state, base, frozen, rows, ctx._replace(key=jax.random.fold_in(ctx.key, j), turn=ctx.turn + j))
 
     def body(sums: Any, at: Any) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, sums, one(*at)), None
