@@ -35,7 +35,8 @@ def begin(method, learning_rate=1e-2, remat="full", shape=(1, 1, 1), batch=None,
     method: or its description; shape: of the mesh; batch: `rows` unless given.
     """
     mesh = sharding.make_mesh(*shape, devices=jax.devices()[: math.prod(shape)])
-    method = method if isinstance(method, Method) else registry.build(method)
+    facts = {"num_kv_heads": config.num_kv_heads}
+    method = method if isinstance(method, Method) else registry.build(method, facts=facts)
     cuts, head = method.cuts(config.num_layers), "mlm" if config.kind == "encoder" else "lm"
     model = build.build(config, head=head, cuts=cuts, remat=remat, constrain=sharding.constrainer(mesh))
     params = jax.tree.map(jnp.array, tiny.params(config, head, cuts))

@@ -76,6 +76,17 @@ def parser() -> argparse.ArgumentParser:
         "--dtype", choices=["float32", "bfloat16", "float16"], help="of the weights (default: as loaded)"
     )
     _merge(verb("merge", "combine the adapters of several runs on one base into one"))
+    shrink = verb("shrink", "cut away what a run masked, and write the smaller model for transformers")
+    shrink.add_argument("run", help="run folder whose method masks units (shrink)")
+    shrink.add_argument("output", help="folder to write; must not exist or be empty")
+    shrink.add_argument("overrides", nargs="*", metavar="key=value", help="override a key of its config")
+    shrink.add_argument(
+        "--dtype", choices=["float32", "bfloat16", "float16"], help="of the weights (default: as loaded)"
+    )
+    shrink.add_argument(
+        "--batch", type=int, default=8, help="rows of the batch that latency is measured on (default 8)"
+    )
+    shrink.add_argument("--length", type=int, default=64, help="tokens of its rows (default 64)")
     verb("methods", "list the methods, what they train and their papers").add_argument(
         "--markdown", action="store_true", help="as the table of the README"
     )

@@ -31,6 +31,9 @@ SPECS = {name: {"name": name} for name in registry.NAMES} | {
     "s4": {"name": "s4", "budget": 4},
     "loftq": {"name": "loftq", "rank": 2},
     "lst": {"name": "lst", "reduction_factor": 2},
+    "prune": [{"name": "full"}, {"name": "prune", "density": 0.9, "steps": 4, "every": 1}],
+    "supernet": [{"name": "full"}, {"name": "supernet", "keep": {"heads": 1.0, "mlp": 0.9}, "sizes": 3}],
+    "shrink": [{"name": "full"}, {"name": "shrink", "keep": {"heads": 1.0, "mlp": 0.8}, "steps": 4, "every": 1}],
 }
 DEPTH = {"s4": 4}
 """Layers that a method needs."""
@@ -44,6 +47,10 @@ VARIANTS = {
     "lstm": {"name": "p_tuning", "length": 4, "encoder": "lstm", "hidden": 8},
     "projected": {"name": "prefix_tuning", "length": 4, "project": True},
     "nf4": [{"name": "quantize", "kind": "nf4"}, {"name": "dora", "rank": 2}],
+    "shrunk": [
+        {"name": "lora", "rank": 2, "targets": "**/layers/**/kernel"},
+        {"name": "shrink", "keep": {"hidden": 0.9, "depth": 1.0}, "steps": 4, "every": 1, "importance": "movement"},
+    ],
     "many": [{"name": "lora", "rank": 2}, {"name": "ia3"}, {"name": "bitfit"}, {"name": "prompt_tuning", "length": 2}],
 }
 """Options that change what is compiled, and chains: on one family."""

@@ -10,7 +10,8 @@ from tunejax import cli
 from tunejax.core import errors
 
 VERBS = (
-    "train", "compare", "validate", "preprocess", "evaluate", "generate", "export", "merge", "methods", "env",
+    "train", "compare", "validate", "preprocess", "evaluate", "generate", "export", "merge", "shrink", "methods",
+    "env", "distill-cache", "distill-generate",
 )  # fmt: skip
 
 

@@ -21,11 +21,17 @@ class Context(NamedTuple):
     """What varies from call to call. The open door: add fields, break nobody.
 
     step: int32 scalar, the optimiser step. key: a PRNG key, or None where nothing is random. train: dropout is on.
+    params: within `Method.update`, () -> the parameters that the whole chain binds after this step; elsewhere None.
+      Nothing is computed that is not asked for. loss: float32 scalar, the batch's mean, likewise in `Method.update`.
+    turn: int32 scalar, how many micro-batches came before this one.
     """
 
     step: Any = 0
     key: Any = None
     train: bool = False
+    params: Callable[[], Params] | None = None
+    loss: Any = None
+    turn: Any = 0
 
 
 class Start(NamedTuple):
@@ -80,6 +86,11 @@ class Method(NamedTuple):
     rates: Callable[[PyTree], PyTree] = equal_rates
     prompt: int = 0
     prefix: int = 0
+
+
+def learning(tuned: Method, train: PyTree) -> PyTree:
+    """``train`` without the leaves whose rate is 0: probes, there for their gradients alone."""
+    return jax.tree.map(lambda x, rate: x if rate else None, train, tuned.rates(train))
 
 
 def method(

@@ -31,6 +31,14 @@ def gate(value: Any, branch: jax.Array) -> jax.Array:
     return branch if value is None else branch * value.astype(branch.dtype)
 
 
+def blend(value: Any, new: jax.Array, old: jax.Array) -> jax.Array:
+    """A block's gate where a norm follows the branch: ``new`` at 1, ``old`` at 0 (what came in); an empty slot is 1."""
+    if value is None:
+        return new
+    weight = value.astype(new.dtype)
+    return weight * new + (1 - weight) * old
+
+
 def strength(prefix: Any, x: jax.Array) -> jax.Array | None:
     """How much more or less than a key of the text each query of x [batch, length, embed] sees of the prefix."""
     return prefix.strength(x) if operators.is_operator(prefix) else None

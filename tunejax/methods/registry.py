@@ -55,6 +55,9 @@ NAMES: dict[str, str] = {
     "loftq": "tunejax.methods.loftq:loftq",
     "lst": "tunejax.methods.lst:lst",
     "adapter_fusion": "tunejax.methods.fusion:adapter_fusion",
+    "shrink": "tunejax.methods.shrink:shrink",
+    "prune": "tunejax.methods.prune:prune",
+    "supernet": "tunejax.methods.supernet:supernet",
 }
 """Name in a config -> where its factory lies."""
 
@@ -84,6 +87,7 @@ def build(
     specs: Mapping[str, Any] | str | Sequence[Mapping[str, Any] | str],
     tokenize: Callable[[str], list[int]] | None = None,
     load: Callable[[str], Any] | None = None,
+    facts: Mapping[str, Any] | None = None,
 ) -> Method:
     """The method that a config describes: ``{name: lora, rank: 8}``, or a list of such to chain, first first.
 
@@ -95,6 +99,7 @@ def build(
       specs: as above.
       tokenize: text -> ids, for arguments that a method takes as token ids (its module's TEXTS).
       load: folder of a finished run -> what it trained, for arguments that are lists of these (its module's LOADED).
+      facts: name -> what is so of the model, for arguments that follow from it (its module's FACTS) and are not given.
 
     Raises:
       ConfigError: unknown name, unknown or missing argument, wrong type: with what was found and the nearest choice.
@@ -102,14 +107,14 @@ def build(
     listed = [specs] if isinstance(specs, Mapping | str) else list(specs)
     if not listed:
         raise errors.ConfigError(f"method: the list is empty; name at least one of {', '.join(NAMES)}")
-    return methods.chain(*(_one(s, tokenize, load) for s in listed))
+    return methods.chain(*(_one(s, tokenize, load, facts) for s in listed))
 
 
-def _one(spec: Mapping[str, Any] | str, tokenize: Callable | None, load: Callable | None) -> Method:
-    name, factory, given, _ = _called(spec, tokenize, load)
+def _one(spec: Mapping[str, Any] | str, *texts_and_facts: Any) -> Method:
+    name, factory, given, _ = _called(spec, *texts_and_facts)
     made = factory(**given)
     if isinstance(made, list):  # a preset: a method that is a chain of others
-        return build(made, tokenize, load)
+        return build(made, *texts_and_facts)
     if not isinstance(made, Method):
         raise errors.ConfigError(f"method {name!r}: the function returned {type(made).__name__}, no Method and no list")
     return made
@@ -123,7 +128,10 @@ def resolved(spec: Mapping[str, Any] | str) -> tuple[str, dict[str, Any], Module
 
 
 def _called(
-    spec: Mapping[str, Any] | str, tokenize: Callable | None = None, load: Callable | None = None
+    spec: Mapping[str, Any] | str,
+    tokenize: Callable | None = None,
+    load: Callable | None = None,
+    facts: Mapping[str, Any] | None = None,
 ) -> tuple[str, Callable[..., Method], dict[str, Any], ModuleType]:
     """(name, factory, checked arguments, module)."""
     spec = {"name": spec} if isinstance(spec, str) else dict(spec)
@@ -140,7 +148,10 @@ def _called(
             given[key] = [load(x) if isinstance(x, str) else x for x in given[key]]
     for key in nested(factory):
         if isinstance(given.get(key), Mapping | str | list):
-            given[key] = build(given[key], tokenize, load)
+            given[key] = build(given[key], tokenize, load, facts)
+    for key in getattr(module, "FACTS", ()):
+        if key in (facts or {}):
+            given.setdefault(key, (facts or {})[key])
     return name, factory, arguments(name, factory, given), module
 
 

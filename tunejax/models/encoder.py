@@ -18,16 +18,16 @@ HEADS = ("mlm", "classification", "none")
 
 
 class EncoderBlock(stack.Block):
-    """norm(x + gate attention(x)), then norm(x + gate mlp(x))."""
+    """norm(x + attention(x)), then norm(x + mlp(x)); the gate goes from x to each of these."""
 
     def __call__(self, x: jax.Array, view: View, cache: Any, key: Any) -> tuple[jax.Array, Any, dict[str, jax.Array]]:
         """See `stack.Block`."""
         keys = (None, None) if key is None else jax.random.split(key)
         gate = self.gate.get_value()
         attended, cache, inner = self.attention(x, view, cache)
-        x = self.attention.norm(x + sites.gate(gate, modules.dropout(attended, self.rate, keys[0])))
+        x = sites.blend(gate, self.attention.norm(x + modules.dropout(attended, self.rate, keys[0])), x)
         changed = self.mlp(x)
-        x = self.mlp.norm(x + sites.gate(gate, modules.dropout(changed, self.rate, keys[1])))
+        x = sites.blend(gate, self.mlp.norm(x + modules.dropout(changed, self.rate, keys[1])), x)
         return x, cache, {**inner, "attention": attended, "mlp": changed}
 
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from tunejax.core import errors, sites
+from tunejax.core import errors, masked, sites
 from tunejax.core.activations import ACTIVATIONS
 from tunejax.models import rope
 from tunejax.models.blueprint import Noise
@@ -55,19 +55,32 @@ class Table(nnx.Module):
         return sites.lookup(self.table.get_value(), ids, dtype)
 
 
-def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+def rms_norm(x: jax.Array, scale: Any, eps: float) -> jax.Array:
     """x [..., dim] over its root mean square, times scale [dim]; in float32, returned in the type of x."""
-    y = x.astype(jnp.float32)
-    y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + eps)
-    return (y * scale.astype(jnp.float32)).astype(x.dtype)
+    scale, mask, seen = masked.over(scale)
+    y, mean = _kept(x, mask)
+    y = y * jax.lax.rsqrt(mean(jnp.square(y)) + eps)
+    return masked.through(y * scale.astype(jnp.float32), mask, seen).astype(x.dtype)
 
 
-def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float) -> jax.Array:
+def layer_norm(x: jax.Array, scale: Any, bias: jax.Array, eps: float) -> jax.Array:
     """x [..., dim] with mean 0 and variance 1, times scale plus bias; in float32, returned in the type of x."""
+    scale, mask, seen = masked.over(scale)
+    y, mean = _kept(x, mask)
+    y, _ = _kept(y - mean(y), mask)
+    y = y * jax.lax.rsqrt(mean(jnp.square(y)) + eps)
+    y = y * scale.astype(jnp.float32) + bias.astype(jnp.float32)
+    return masked.through(y, mask, seen).astype(x.dtype)
+
+
+def _kept(x: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, Callable[[jax.Array], jax.Array]]:
+    """x in float32 with zeros where it is masked, and the mean of such values over kept entries."""
     y = x.astype(jnp.float32)
-    y = y - jnp.mean(y, axis=-1, keepdims=True)
-    y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + eps)
-    return (y * scale.astype(jnp.float32) + bias.astype(jnp.float32)).astype(x.dtype)
+    if mask is None:
+        return y, lambda v: jnp.mean(v, axis=-1, keepdims=True)
+    mask = jax.lax.stop_gradient(mask)
+    count = jnp.sum(mask)
+    return y * mask, lambda v: jnp.sum(v, axis=-1, keepdims=True) / count
 
 
 class Norm(nnx.Module):

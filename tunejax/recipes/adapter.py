@@ -42,7 +42,7 @@ def save(folder: Path, trees: dict[str, Any], base: Base, info: dict[str, Any]) 
         return
     folder.mkdir(parents=True, exist_ok=True)
     half = folder / f".{ARRAYS}"
-    safetensors.save_file({k: np.ascontiguousarray(x) for k, x in arrays.items()}, half)
+    safetensors.save_file({k: np.require(x, requirements="C") for k, x in arrays.items()}, half)
     half.replace(folder / ARRAYS)
     spec = {"format": FORMAT, "base": base._asdict(), **info}
     half = folder / f".{SPEC}"

@@ -14,7 +14,7 @@ from tunejax.core.model import Model
 from tunejax.core.objective import Objective
 from tunejax.interop import hf
 from tunejax.methods import registry
-from tunejax.models import build
+from tunejax.models import build, cut
 from tunejax.models.config import ModelConfig
 from tunejax.objectives import causal_lm, classification, masked_lm
 from tunejax.recipes import adapter
@@ -84,9 +84,13 @@ def opened(config: schema.Config, method: Method | None = None) -> Opened:
         raise errors.ConfigError(
             f"the tokenizer has {len(tokenizer)} tokens and the model {found.vocab_size}: it belongs to another model"
         )
-    if method is None:
-        method = registry.build(config.method, lambda text: list(tokenizer(text)["input_ids"]), adapter.trained)
     shape = model_shape(config, with_layers(config, found), None)
+    if method is None:
+        facts = {
+            "num_kv_heads": shape.num_kv_heads,
+            "kv_head_counts": list(cut.head_counts(shape, config.model.head or "lm")),
+        }
+        method = registry.build(config.method, lambda text: list(tokenizer(text)["input_ids"]), adapter.trained, facts)
     if config.data.max_length + method.prefix > found.max_positions:
         raise errors.ConfigError(
             f"data.max_length is {config.data.max_length}, {method.name} takes {method.prefix} positions before it, "

@@ -24,9 +24,12 @@ def main(args: argparse.Namespace) -> None:
 
 
 def _merged(output: Path, tuned: artefact.Tuned, args: argparse.Namespace) -> None:
+    merged = tuned.parts.method.merge(tuned.base, tuned.train, tuned.state)
+    if any(layers["gate"] is not None for layers in merged["layers"].values()):
+        raise errors.ConfigError("the run masks layers, which no checkpoint can say; cut them: tunejax shrink")
     hf.save(
         output,
-        tuned.parts.method.merge(tuned.base, tuned.train, tuned.state),
+        merged,
         tuned.parts.model_config,
         head=tuned.parts.config.model.head or "lm",
         dtype=args.dtype,

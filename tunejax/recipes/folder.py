@@ -47,7 +47,7 @@ def new(text: str) -> Path:
     """A folder to write to. Raises ConfigError where it holds something."""
     path = Path(text)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise errors.ConfigError(f"--output {path} exists and is not an empty folder; name a new one")
+        raise errors.ConfigError(f"output {path} exists and is not an empty folder; name a new one")
     return path
 
 

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from tunejax.core import errors, portable, table
-from tunejax.core.method import Method, Start, chain
+from tunejax.core.method import Method, Start, chain, learning
 from tunejax.methods import registry
 from tunejax.models import build
 from tunejax.models.config import ModelConfig
@@ -93,7 +93,7 @@ def _row(name: str) -> Row:
     shapes, start = _begun(method)
     paper = PAPER.search(opening) or PAPER.search((module.__doc__ or "").partition("\n\n")[0])
     form = portable.form_of(module, name) or portable.prompt_of(module, name) or portable.whole_of(module, name)
-    counts = table.table(shapes, start.train, start.edits)
+    counts = table.table(shapes, learning(method, start.train), start.edits)
     mask = start.state.get("mask") if isinstance(start.state, Mapping) else None
     kept = sum(x.size for x in jax.tree.leaves(mask)) * (parameters["density"].default if mask else 1.0)
     share = kept / counts.total if mask else counts.share

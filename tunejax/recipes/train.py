@@ -11,7 +11,7 @@ import jax
 
 from tunejax import plots
 from tunejax.config import load, schema
-from tunejax.core import digest, errors, paths, table
+from tunejax.core import digest, errors, method, paths, table
 from tunejax.methods import report
 from tunejax.objectives import features
 from tunejax.recipes import adapter, assemble, folder, rows, runtime, samples, settings, teacher
@@ -65,7 +65,7 @@ def run(config: schema.Config) -> dict[str, Any]:
     # The base, its digest, and what the method makes of it.
     loaded = assemble.load(parts)
     shapes = jax.eval_shape(parts.method.init, jax.random.key(0), loaded.params)
-    counts = table.table(loaded.params, shapes.train, shapes.edits)
+    counts = table.table(loaded.params, method.learning(parts.method, shapes.train), shapes.edits)
     announce(parts, counts, report.describe(parts.method, loaded.params, shapes), data, total)
     fresh = {p: adapter.on_host(paths.get(loaded.params, p)) for p in loaded.fresh if p not in shapes.edits}
     taught = teacher.find(parts, beside)

@@ -6,7 +6,7 @@ from pathlib import Path
 import jax
 
 from tunejax.config import load, locate
-from tunejax.core import errors, table
+from tunejax.core import errors, method, table
 from tunejax.interop import tensors
 from tunejax.methods import report
 from tunejax.recipes import assemble, folder, members, runtime, settings
@@ -30,7 +30,7 @@ def main(args: argparse.Namespace) -> None:
     print(f"mesh     {dict(parts.mesh.shape)} on {jax.devices()[0].device_kind}")
     print(f"method   {parts.method.name}")
     print(report.describe(parts.method, params, start).text())
-    print(table.table(params, start.train, start.edits).text())
+    print(table.table(params, method.learning(parts.method, start.train), start.edits).text())
     print("valid: nothing was run or written")
 
 

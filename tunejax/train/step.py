@@ -145,7 +145,7 @@ def make_update(
 
     def update(state: TrainState, base: Params, frozen: Params, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(state.key, state.step)
-        ctx = Context(step=state.step, key=key, train=True)
+        ctx = Context(step=state.step, key=key, train=True, turn=state.step * accumulate)
         if accumulate == 1:
             grads, loss, weight, sums = gradients(state, base, frozen, batch, ctx)
         else:
@@ -156,7 +156,7 @@ def make_update(
             scale *= jnp.minimum(1.0, max_grad_norm / (norm + 1e-6))
         grads = jax.tree.map(lambda g, p: (g * scale).astype(p.dtype), grads, state.train)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-        new = _updated(method, optimizer, state, grads, ctx, finite)
+        new = _updated(method, optimizer, state, base, grads, ctx._replace(loss=loss), finite)
         metrics = {"loss": loss, "weight": weight, "grad_norm": norm, "nonfinite": new.nonfinite[0].astype(jnp.float32)}
         return new, {**{name: mean(*pair) for name, pair in sums.items()}, **metrics}
 
@@ -188,7 +188,7 @@ def _accumulated(
     micro = {k: jnp.swapaxes(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 0, 1) for k, x in batch.items()}
 
     def one(j: jax.Array, rows: Batch) -> Any:
-        return gradients(state, base, frozen, rows, ctx._replace(key=jax.random.fold_in(ctx.key, j)))
+        return gradients(state, base, frozen, rows, ctx._replace(key=jax.random.fold_in(ctx.key, j), turn=ctx.turn + j))
 
     def body(sums: Any, at: Any) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, sums, one(*at)), None
@@ -200,12 +200,13 @@ def _accumulated(
 
 
 def _updated(
-    method: Method, optimizer: Any, state: TrainState, grads: Any, ctx: Context, finite: jax.Array
+    method: Method, optimizer: Any, state: TrainState, base: Params, grads: Any, ctx: Context, finite: jax.Array
 ) -> TrainState:
     """The next state; where the loss or a gradient is not finite, everything but the counters stays as it was."""
     updates, opt_state = optimizer.update(grads, state.opt_state, state.train)
     updates = jax.tree.map(lambda u, rate: u if rate == 1 else rate * u, updates, method.rates(state.train))
     train = optax.apply_updates(state.train, updates)
+    ctx = ctx._replace(params=lambda: method.bind(base, train, state.state, Context()))
     kept = (state.train, state.state, state.opt_state)
     made = (train, method.update(train, state.state, grads, ctx), opt_state)
     train, method_state, opt_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), made, kept)

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from tunejax.core import errors
 from tunejax.models.config import ModelConfig
 from tunejax.models.families import common, llama_like
 
@@ -12,6 +13,11 @@ def _special(read: common.Reader) -> dict[str, Any]:
 
 
 def _write_special(config: ModelConfig) -> dict[str, Any]:
+    if config.embed_dim % config.num_heads:
+        raise errors.CheckpointError(
+            f"transformers refuses a llama whose embed_dim ({config.embed_dim}) is no multiple of its number of heads "
+            f"({config.num_heads})"
+        )
     return {"attention_bias": common.all_or_none(config), "mlp_bias": config.mlp_bias}
 
 

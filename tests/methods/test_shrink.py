@@ -1,0 +1,242 @@
+"""Progressive shrinking: scores, schedules and targets against formulas, and what is masked in a run."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+import trains
+
+from tunejax.core import errors, gradual, masked, paths, units
+from tunejax.core import method as methods
+from tunejax.core.method import Context
+from tunejax.methods import full, registry, shrink
+from tunejax.models import cut
+
+KEY = jax.random.key(0)
+KEEP = {"heads": 0.5, "mlp": 0.5, "depth": 0.67, "hidden": 0.75}
+
+
+def loss(config, head):
+    m = tiny.model(config, head)
+    return lambda p: jnp.sum(jnp.tanh(m.logits(m.head(p), m.hidden(p, tiny.lm_batch())[0])))
+
+
+def begun(method, params):
+    start = method.init(KEY, params)
+    return methods.apply_edits(params, start.edits), start
+
+
+@pytest.mark.parametrize(("config", "head"), [(tiny.QWEN3, "lm"), (tiny.BERT, "mlm")])
+def test_taylor_is_the_sum_of_weight_times_gradient(config, head):
+    """Over the kernels that read a unit (heads, MLP); over what leaves a norm (hidden)."""
+    p = tiny.params(config, head)
+    method = shrink.shrink(KEEP, num_kv_heads=config.num_kv_heads, beta=0.0)
+    base, start = begun(method, p)
+    value = loss(config, head)
+    run = jax.jit(jax.grad(lambda t: value(method.bind(base, t, start.state, Context(train=True)))))
+    slopes = jax.tree.map(lambda g: np.asarray(g) / masked.PROBE, run(start.train)["probe"])
+    grads = jax.jit(jax.grad(value))(p)
+    for name, path in (("heads", "attention/o/kernel"), ("mlp", "mlp/down/kernel")):
+        w, g = (np.asarray(paths.get(x, f"layers/0/{path}")) for x in (p, grads))
+        expected = (w * g).sum(-1).reshape(3, slopes[name].shape[1], -1).sum(-1)
+        np.testing.assert_allclose(slopes[name], expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
+    norms = [k for k in paths.flatten(p) if k.split("/")[-2:-1] in (["norm"], ["embed_norm"])]
+    each = [np.asarray(paths.get(p, k) * paths.get(grads, k)).reshape(-1, 16).sum(0) for k in norms]
+    np.testing.assert_allclose(slopes["hidden"][0], sum(each), rtol=1e-3, atol=1e-4 * np.abs(sum(each)).max())
+    state = method.update(start.train, start.state, run(start.train), Context())
+    np.testing.assert_allclose(state["importance"]["mlp"], np.abs(slopes["mlp"]), rtol=1e-6)
+    moved = shrink.shrink(KEEP, num_kv_heads=config.num_kv_heads, importance="movement")
+    state = moved.update(start.train, state, run(start.train), Context())
+    np.testing.assert_allclose(state["importance"]["mlp"], np.abs(slopes["mlp"]) - slopes["mlp"], atol=1e-5)
+    # By the difference quotient: a layer's slope is what its gate does to the loss.
+    gates = [value(masked.put(p, {"depth": jnp.ones((1, 3)).at[0, 1].add(d)})) for d in (1e-2, -1e-2)]
+    np.testing.assert_allclose(slopes["depth"][0, 1], (gates[0] - gates[1]) / 2e-2, rtol=0.05)
+
+
+def test_activation_is_the_mean_square_of_what_kernels_read():
+    p = tiny.params()
+    method = shrink.shrink({"mlp": 0.5, "heads": 0.5}, importance="activation", num_kv_heads=2)
+    base, start = begun(method, p)
+    grads = jax.grad(lambda t: loss(tiny.LLAMA, "lm")(method.bind(base, t, start.state, Context(train=True))))(
+        start.train
+    )
+    read = {}
+
+    @tiny.operators.operator
+    class Spy(tiny.Doubled):
+        def __call__(self, x, bias=None):
+            jax.debug.callback(lambda x: read.setdefault("x", []).append(np.asarray(x)), x, ordered=True)
+            return x @ self.base
+
+    down = "layers/0/mlp/down/kernel"
+    tiny.model().hidden(paths.replace(p, {down: Spy(paths.get(p, down))}), tiny.lm_batch())
+    jax.effects_barrier()
+    expected = [(x**2).sum((0, 1)) for x in read["x"]]
+    np.testing.assert_allclose(np.asarray(grads["probe"]["mlp"]) / masked.PROBE**2, expected, rtol=1e-4)
+
+
+def test_schedules():
+    at = np.linspace(0, 1, 11)
+    np.testing.assert_allclose(gradual.remaining("cubic", at, 2, 1)[1], (1 - at) ** 3, rtol=1e-5, atol=1e-7)
+    one, two = (np.asarray(x) for x in gradual.remaining("stages", np.array([0, 0.1, 0.3, 0.5, 0.6, 0.8, 1.0]), 2, 2))
+    np.testing.assert_allclose(one, [1, 0.5, 0, 0, 0, 0, 0])
+    np.testing.assert_allclose(two, [1, 1, 1, 1, 0.5, 0, 0])
+    np.testing.assert_allclose(gradual.remaining("one_shot", np.array([0, 0.1, 1]), 1, 1)[0], [1, 0, 0])
+
+
+def test_greatest():
+    scores = jnp.array([[3.0, 1, 2, 2], [0, 0, 0, 0]])
+    np.testing.assert_array_equal(gradual.greatest(scores, 2), [[1, 0, 1, 0], [1, 1, 0, 0]])
+
+
+def walked(method, updates):
+    """Kept units by dimension after each update, by gradients that rank the later unit higher."""
+    _, start = begun(method, tiny.params())
+    grads = jax.tree.map(lambda x: jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.float32), x.shape), start.train)
+    run, state, out = jax.jit(lambda s, g: method.update(start.train, s, g, Context())), start.state, []
+    for _ in range(updates):
+        state = run(state, grads)
+        counts = {k: np.asarray(m).sum(1) for k, m in state["kept"].items()}
+        assert all(len(set(c.tolist())) == 1 for c in counts.values())
+        out.append({k: int(c[0]) for k, c in counts.items()})
+    return out, state
+
+
+def test_masks_follow_the_schedule_and_end_at_the_target():
+    counts, state = walked(shrink.shrink(KEEP, steps=8, begin=2, every=3, num_kv_heads=2), 12)
+    mlp = [12 + int(np.ceil(12 * (1 - p) ** 3 - 1e-6)) for p in (3 / 8, 6 / 8, 1.0)]
+    assert [c["mlp"] for c in counts] == [24] * 4 + [mlp[0]] * 3 + [mlp[1]] * 2 + [mlp[2]] * 3
+    assert counts[-1] == {"heads": 1, "mlp": 12, "depth": 2, "hidden": 12}
+    np.testing.assert_array_equal(state["kept"]["mlp"], np.arange(24) >= np.full((3, 1), 12))
+    np.testing.assert_array_equal(state["kept"]["depth"], [[False, True, True]])
+    once, _ = walked(shrink.shrink({"mlp": 0.25}, begin=3, schedule="one_shot"), 6)
+    assert [c["mlp"] for c in once] == [24] * 3 + [6] * 3
+    staged = shrink.shrink({"mlp": 0.5, "depth": 0.34}, steps=8, every=1, schedule="stages")
+    assert [tuple(c.values()) for c in walked(staged, 8)[0]] == [(3, 18)] * 2 + [(3, 12)] * 2 + [(2, 12)] * 2 + [
+        (1, 12)
+    ] * 2
+
+
+def test_the_loss_gates():
+    """On while the loss is low, waiting where it is high, back to the last good size where it stays so."""
+    method = shrink.shrink({"mlp": 0.5}, schedule="loss_gated", max_loss=1.0, steps=4, every=1, patience=2, beta=0.0)
+    _, start = begun(method, tiny.params())
+    run = jax.jit(lambda s, value: method.update(start.train, s, start.train, Context(loss=value)))
+
+    def walk(losses):
+        state, sizes = start.state, []
+        for value in losses:
+            state = run(state, value)
+            sizes.append(int(state["kept"]["mlp"][0].sum()))
+        return sizes
+
+    assert walk([0.5] * 6) == [21, 18, 15, 12, 12, 12]
+    assert walk([0.5, 0.5, 2.0, 0.5, 0.5, 0.5]) == [21, 18, 18, 15, 12, 12]
+    assert walk([0.5, 0.5, 2.0, 2.0, 0.5, 0.5]) == [21, 18, 18, 21, 21, 21]
+    assert walk([2.0] * 3) == [24] * 3
+    assert walk([0.5] * 4 + [2.0] * 3) == [21, 18, 15, 12, 12, 15, 15]
+    with pytest.raises(errors.ConfigError, match="needs the loss of the step"):
+        method.update(start.train, start.state, start.train, Context())
+
+
+def test_the_step_gives_its_loss():
+    gated = {"name": "shrink", "schedule": "loss_gated", "max_loss": 100.0, "steps": 2, "every": 1}
+    losses, state = trains.run([{"name": "full"}, gated], steps=3)
+    gate = state.state["1:shrink"]["gate"]
+    assert gate["moved"] == 2
+    average = losses[0] * 0.81 + losses[1] * 0.09 + losses[2] * 0.1
+    np.testing.assert_allclose(gate["loss"], average, rtol=1e-5)
+
+
+def test_a_part_of_the_parameters():
+    p = tiny.params(tiny.QWEN3)
+    total = sum(x.size for x in jax.tree.leaves(p))
+    method = shrink.shrink(["heads", "mlp", "hidden"], parameters=0.5, num_kv_heads=2)
+    _, start = begun(method, p)
+    target = {k: int(x) for k, x in start.state["target"].items()}
+    small, _ = cut.cut(p, {k: np.arange(m.shape[1]) < np.full((m.shape[0], 1), target[k])
+                           for k, m in start.state["kept"].items()}, tiny.QWEN3)  # fmt: skip
+    left = sum(x.size for x in jax.tree.leaves(small))
+    assert left == units.parameters(p, target, units.sizes(p, 2))
+    assert 0.4 * total < left <= 0.5 * total
+    with pytest.raises(errors.ConfigError, match="shrink more dimensions"):
+        shrink.shrink(["mlp"], parameters=0.1).init(KEY, p)
+
+
+@pytest.mark.parametrize("importance", shrink.IMPORTANCE)
+def test_a_run_masks_what_it_says_and_moves_no_probe(importance):
+    keep = {k: v for k, v in KEEP.items() if k != "depth" or importance != "activation"}
+    spec = [{"name": "full"}, {"name": "shrink", "keep": keep, "steps": 3, "every": 1, "importance": importance}]
+    _, state = trains.run(spec, steps=4)
+    counts = {k: np.asarray(m).sum(1).tolist() for k, m in state.state["1:shrink"]["kept"].items()}
+    assert counts == {
+        k: v for k, v in {"heads": [1] * 3, "mlp": [12] * 3, "depth": [2], "hidden": [12]}.items() if k in keep
+    }
+    assert not any(np.any(x) for x in jax.tree.leaves(state.train["1:shrink"]))
+    assert all(np.abs(x).max() > 0 for x in jax.tree.leaves(state.state["1:shrink"]["importance"]))
+
+
+def test_magnitude_is_of_the_weights_after_the_step():
+    spec = [{"name": "full"}, {"name": "shrink", "schedule": "one_shot", "importance": "magnitude"}]
+    _, state = trains.run(spec, steps=1)
+    expected = units.squares(paths.replace(tiny.params(), state.train["0:full"]), "mlp", 24)
+    np.testing.assert_allclose(state.state["1:shrink"]["importance"]["mlp"], expected, rtol=1e-5)
+
+
+def test_probes_weigh_nothing_in_the_norm_that_clips():
+    norms = []
+    for spec in ([{"name": "full"}], [{"name": "full"}, {"name": "shrink", "keep": KEEP, "begin": 9}]):
+        one, s, base, batch = trains.begin(spec)
+        norms.append(float(one(s, base, {}, batch)[1]["grad_norm"]))
+    np.testing.assert_allclose(norms[1], norms[0], rtol=1e-4)
+
+
+def test_bad_arguments():
+    for arguments, says in (
+        ({"keep": {"width": 0.5}}, "no dimension 'width'"),
+        ({"keep": {"mlp": 0.0}}, r"keep\[mlp\] is 0.0"),
+        ({"keep": ["mlp"]}, "a list of dimensions together with parameters"),
+        ({"keep": {"mlp": 0.5}, "parameters": 0.5}, "a list of dimensions together with parameters"),
+        ({"schedule": "cubik"}, "Did you mean 'cubic'"),
+        ({"steps": 0, "beta": 1.0}, "steps is 0; it must be at least 1; beta is 1.0"),
+        ({"keep": {"depth": 0.5}, "importance": "activation"}, "a layer has no activation"),
+        ({"keep": {"heads": 0.5}}, "give num_kv_heads"),
+        ({"schedule": "loss_gated"}, "needs max_loss"),
+        ({"max_loss": 1.0}, "no other schedule takes max_loss"),
+    ):
+        with pytest.raises(errors.ConfigError, match=says):
+            shrink.shrink(**arguments)
+    gpt2 = registry.build({"name": "shrink", "keep": {"heads": 0.5}}, facts={"num_kv_heads": 4, "kv_head_counts": [4]})
+    with pytest.raises(errors.ConfigError, match=r"2 of 4 key/value heads cannot be written.*\[4\]"):
+        gpt2.init(KEY, tiny.params(tiny.GPT2))
+    with pytest.raises(errors.TargetError, match="put full first"):
+        methods.chain(shrink.shrink(), full.full()).init(KEY, tiny.params())
+
+
+@pytest.mark.parametrize("before", ["full", "lora", "ia3", "bitfit", "norm_tuning", "qlora"])
+def test_what_other_methods_train_is_cut_with_the_rest(before):
+    specs = {
+        "lora": {"name": "lora", "rank": 2, "targets": "**/layers/**/kernel"},
+        "qlora": [{"name": "quantize", "kind": "int8"}, {"name": "lora", "rank": 2}],
+    }
+    first = specs.get(before, {"name": before})
+    spec = [*(first if isinstance(first, list) else [first]), {"name": "shrink", "keep": KEEP, "steps": 2, "every": 1}]
+    one, s, base, batch = trains.begin(spec, config=tiny.QWEN3)
+    for _ in range(2):
+        s, _ = one(s, base, {}, batch)
+    bound = one.method.bind(base, s.train, s.state, Context())
+    masks = cut.masks(bound, tiny.QWEN3)
+    assert {k: int(m.sum(1)[0]) for k, m in masks.items()} == {"heads": 1, "mlp": 12, "depth": 2, "hidden": 12}
+    small, config = cut.cut(cut.bare(bound), masks, tiny.QWEN3)
+    np.testing.assert_allclose(
+        tiny.outputs(tiny.model(config), small), tiny.outputs(tiny.model(tiny.QWEN3), bound), atol=1e-5
+    )
+
+
+def test_what_has_no_kernel_is_not_cut():
+    method = registry.build([{"name": "pfeiffer", "width": 2}, {"name": "shrink"}])
+    base, start = begun(method, tiny.params())
+    bound = method.bind(base, start.train, start.state, Context())
+    with pytest.raises(errors.NotLinear, match="mlp/down/kernel"):
+        cut.bare(bound)

@@ -1,0 +1,166 @@
+"""Masks over units: an operator that lets through what is kept, and where a model's masks stand.
+
+    y = (x · in_mask) W · out_mask         of a norm's scale: out_mask · norm(x), with the statistics over kept entries
+
+What is masked counts for nothing, so the arrays may be cut there and the function stays the same (`models/cut.py`). A
+mask may carry a probe: zeros whose gradient says how much each unit matters.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from tunejax.core import errors, operators, paths, units
+from tunejax.core.paths import Params
+
+PROBE = 2.0**-10
+"""Probes are scaled by it, so that their gradients weigh nothing in the norm that gradients are clipped by."""
+
+SCORES = "importance"
+"""Under this name a method keeps, in its state, the scores that its masks follow: dimension -> [rows, units]."""
+
+
+@operators.operator
+class Masked:
+    """(in_mask · x) base, then · out_mask; where a norm's scale stands, `over` says what it does there.
+
+    base: kernel [..., in, out], or an operator that stands for one; or a norm's scale [..., out].
+    in_mask [..., in], out_mask [..., out]: float32, 0 or 1; None is 1. in_seen, out_seen: see `observed`.
+    """
+
+    base: Any
+    in_mask: jax.Array | None = None
+    out_mask: jax.Array | None = None
+    in_seen: jax.Array | None = None
+    out_seen: jax.Array | None = None
+
+    def __call__(self, x: jax.Array, bias: jax.Array | None = None) -> jax.Array:
+        """x [..., in] -> [..., out]."""
+        out = operators.apply(self.base, through(x, self.in_mask, self.in_seen), bias)
+        return through(out, self.out_mask, self.out_seen)
+
+    def dense(self) -> jax.Array:
+        """diag(in_mask) base diag(out_mask). Raises NotLinear for a norm, whose statistics no scale can change."""
+        out = operators.dense(self.base)
+        if self.out_mask is not None and self.out_mask.shape == out.shape:
+            raise errors.NotLinear("a norm over kept entries is no plain norm; cut the model: tunejax shrink")
+        out = out if self.in_mask is None else out * self.in_mask[..., :, None].astype(out.dtype)
+        return out if self.out_mask is None else out * self.out_mask[..., None, :].astype(out.dtype)
+
+    def dense_bias(self, bias: jax.Array) -> jax.Array:
+        """bias · out_mask."""
+        inner = operators.dense_bias(self.base, bias)
+        return inner if self.out_mask is None else inner * self.out_mask.astype(inner.dtype)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the base."""
+        return self.base.shape
+
+    @property
+    def dtype(self) -> Any:
+        """Type of the base."""
+        return self.base.dtype
+
+
+def through(x: jax.Array, mask: jax.Array | None, seen: jax.Array | None = None) -> jax.Array:
+    """x [..., n] times a mask [n]."""
+    x = x if seen is None else observed(x, seen)
+    return x if mask is None else x * mask.astype(x.dtype)
+
+
+@jax.custom_vjp
+def observed(x: jax.Array, probe: jax.Array) -> jax.Array:
+    """x [..., n] as it is; the "gradient" of probe [n] is the sum of squares of each entry over all of x's rows.
+
+    So a statistic of the forward pass is summed as gradients are: over layers' scans, micro-batches and devices.
+    """
+    return x
+
+
+def _observe(x: jax.Array, probe: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return x, x
+
+
+def _squares(x: jax.Array, grad: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return grad, jnp.square(x.astype(jnp.float32)).sum(tuple(range(x.ndim - 1)))
+
+
+observed.defvjp(_observe, _squares)
+
+
+def put(params: Params, masks: Mapping[str, jax.Array], seen: Mapping[str, jax.Array] | None = None) -> Params:
+    """``params`` with masks (dimension -> float32 [rows, units]) standing where they act.
+
+    seen: probes of `observed`, shaped as the masks of the same dimension. Depth has none.
+    """
+    seen, flat = seen or {}, paths.flatten(params)
+    out: dict[paths.Path, Any] = {}
+    starts = {s.name: s for s in paths.segments(params)}
+
+    def rows(values: jax.Array | None, path: str, layered: bool, width: int) -> jax.Array | None:
+        if values is None:
+            return None
+        segment = starts.get(path.split("/")[1]) if path.startswith("layers/") else None
+        values = units.spread(values, width)
+        if segment is None:
+            return values[0]
+        if layered:
+            return values[segment.start : segment.start + segment.size]
+        return jnp.broadcast_to(values, (segment.size, width))
+
+    for name, mask in masks.items():
+        d = units.DIMENSIONS[name]
+        for path, leaf in flat.items():
+            leaf = out.get(path, leaf)
+            for patterns, side, axis in ((d.read, "in", -2), (d.normed, "out", -1)):
+                if leaf is not None and any(paths.matches(p, path) for p in patterns):
+                    made = {f"{side}_{what}": rows(x, path, d.layered, leaf.shape[axis])
+                            for what, x in (("mask", mask), ("seen", seen.get(name)))}  # fmt: skip
+                    out[path] = Masked(leaf, **made)
+        if name == "depth":
+            out.update(_gates(params, mask[0]))
+    return paths.replace(params, out)
+
+
+def taken_off(params: Params) -> Params:
+    """``params`` without the masks of `put`: no `Masked` stands outermost anywhere, and every gate is empty."""
+    flat = paths.flatten(params)
+    for path, leaf in flat.items():
+        while isinstance(leaf, Masked):
+            leaf = leaf.base
+        flat[path] = leaf
+    flat.update({units.GATE.format(s.name): None for s in paths.segments(params)})
+    return paths.unflatten(flat)
+
+
+def scores(state: Any) -> dict[str, Any]:
+    """The scores of the last method of a chain that keeps some; empty where none does."""
+    found: dict[str, Any] = {}
+    if isinstance(state, Mapping):
+        for key, value in state.items():
+            inner = value if key == SCORES and set(value) <= set(units.DIMENSIONS) else scores(value)
+            found.update(inner)
+    return found
+
+
+def _gates(params: Params, mask: jax.Array) -> dict[str, Any]:
+    out = {}
+    for s in paths.segments(params):
+        path, own = units.GATE.format(s.name), mask[s.start : s.start + s.size]
+        before = paths.get(params, path)
+        out[path] = own if before is None else before * own
+    return out
+
+
+def over(scale: Any) -> tuple[Any, jax.Array | None, jax.Array | None]:
+    """What stands at a norm's scale -> (the scale [dim], mask [dim] or None, probe or None)."""
+    mask = seen = None
+    while isinstance(scale, Masked):
+        own = scale.out_mask
+        mask = own if mask is None else mask if own is None else mask * own
+        seen = scale.out_seen if seen is None else seen
+        scale = scale.base
+    return scale, mask, seen

@@ -1,0 +1,168 @@
+"""What a network can be made smaller by, as data: dimensions, the units of each, and where their parameters lie.
+
+A unit is what goes as a whole: a key/value head with the query heads that read it, an inner entry of the MLP, a layer,
+an entry of the residual stream. A dimension's masks are arrays [rows, units]: a row a layer where each layer keeps
+units of its own (heads, mlp), one row for the whole stack otherwise (depth, hidden). Every row keeps as many units,
+since configs of Hugging Face know one width for all layers.
+"""
+
+import functools
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from tunejax.core import errors, operators, paths
+from tunejax.core.paths import Params, Path
+
+Places = tuple[tuple[str, int], ...]
+"""(pattern, axis counted from the end): the leaves that have the units along that axis, each unit a run of entries."""
+
+
+class Dimension(NamedTuple):
+    """One way to be smaller. layered: each layer has a row of masks of its own. places: what a unit's parameters are.
+
+    read: the kernels that read the units, and nothing else does: masking their input masks the units.
+    normed: scales of the norms that everything reads the units through; their statistics are over kept units alone.
+    """
+
+    layered: bool
+    places: Places
+    read: tuple[str, ...] = ()
+    normed: tuple[str, ...] = ()
+
+
+DIMENSIONS: dict[str, Dimension] = {
+    "heads": Dimension(
+        True, (("attention/{q,k,v}/{kernel,bias}", -1), ("attention/o/kernel", -2)), read=("attention/o/kernel",)
+    ),
+    "mlp": Dimension(True, (("mlp/{gate,up}/{kernel,bias}", -1), ("mlp/down/kernel", -2)), read=("mlp/down/kernel",)),
+    "depth": Dimension(False, ()),
+    "hidden": Dimension(
+        False,
+        (
+            ("/{embed,positions,types}/table", -1),
+            ("{norm,embed_norm}/{scale,bias}", -1),
+            ("attention/{q,k,v}/kernel", -2),
+            ("attention/o/{kernel,bias}", -1),
+            ("mlp/{gate,up}/kernel", -2),
+            ("mlp/down/{kernel,bias}", -1),
+            ("/{head,classifier,pooler,mlm/dense}/kernel", -2),
+            ("/{pooler,mlm/dense}/{kernel,bias}", -1),
+        ),
+        read=("/classifier/kernel",),
+        normed=("{norm,embed_norm}/scale",),
+    ),
+}
+"""Depth has no axis of its own: a layer is a row of the stack. A pooler has the width of what it reads."""
+
+GATE = "layers/{}/gate"
+"""The slot that a mask over layers fills, by segment."""
+
+
+@functools.lru_cache(maxsize=4096)
+def axes_of(path: Path) -> tuple[tuple[int, str], ...]:
+    """(axis, dimension) of each axis of the leaf at ``path`` that has units along it; axes count from the end."""
+    return tuple(
+        (axis, name) for name, d in DIMENSIONS.items() for pattern, axis in d.places if paths.matches(pattern, path)
+    )
+
+
+def places(params: Params, name: str) -> Iterator[tuple[Path, Any, int]]:
+    """(path, leaf, axis) of everything that has units of a dimension along an axis."""
+    for path, leaf in paths.flatten(params).items():
+        for axis, found in axes_of(path):
+            if found == name and leaf is not None:
+                yield path, leaf, axis
+
+
+def sizes(params: Params, num_kv_heads: int | None = None) -> dict[str, int]:
+    """Dimension -> how many units it has in a row. "heads" is left out where ``num_kv_heads`` is not told."""
+    last = paths.flatten(next(iter(params["layers"].values())))
+    out = {} if num_kv_heads is None else {"heads": num_kv_heads}
+    return out | {
+        "mlp": last["mlp/down/kernel"].shape[-2],
+        "depth": sum(s.size for s in paths.segments(params)),
+        "hidden": last["mlp/down/kernel"].shape[-1],
+    }
+
+
+def rows(params: Params, name: str) -> int:
+    """How many rows the masks of a dimension have."""
+    return sum(s.size for s in paths.segments(params)) if DIMENSIONS[name].layered else 1
+
+
+def check(names: Any, what: str) -> None:
+    """Raises ConfigError where one of ``names`` is no dimension."""
+    for name in names:
+        if name not in DIMENSIONS:
+            raise errors.ConfigError(f"{what}: no dimension {name!r}. {errors.did_you_mean(name, DIMENSIONS)}")
+
+
+def spread(values: jax.Array, width: int) -> jax.Array:
+    """Values a unit [..., units] -> values an entry [..., width], each unit a run of width / units entries."""
+    return jnp.repeat(values, width // values.shape[-1], axis=-1)
+
+
+def gathered(values: jax.Array, units: int) -> jax.Array:
+    """Sums over each unit's entries: [..., width] -> [..., units]."""
+    return values.reshape(*values.shape[:-1], units, -1).sum(-1)
+
+
+def squares(params: Params, name: str, units: int) -> jax.Array:
+    """The sum of squares of each unit's parameters, float32 [rows, units]; of an operator, of its kernel."""
+    if name == "depth":
+        return _layer_squares(params)
+    per_segment: dict[str, Any] = {}
+    outside: Any = 0.0
+    for path, leaf, axis in places(params, name):
+        x = jnp.square(_values(leaf))
+        front = path.startswith("layers/")
+        other = tuple(i for i in range(1 if front else 0, x.ndim) if i != x.ndim + axis)
+        found = gathered(x.sum(other), units)
+        if front:
+            segment = path.split("/")[1]
+            per_segment[segment] = per_segment.get(segment, 0.0) + found
+        else:
+            outside = outside + found
+    stacked = jnp.concatenate([per_segment[s.name] for s in paths.segments(params)])
+    return stacked if DIMENSIONS[name].layered else (stacked.sum(0) + outside)[None]
+
+
+def _layer_squares(params: Params) -> jax.Array:
+    """Of each layer, the squares of the kernels that write to the residual stream: [1, layers]."""
+    parts = []
+    for s in paths.segments(params):
+        block = params["layers"][s.name]
+        written = (block["attention"]["o"]["kernel"], block["mlp"]["down"]["kernel"])
+        parts.append(sum(jnp.square(_values(k)).sum((-1, -2)) for k in written))
+    return jnp.concatenate(parts)[None]
+
+
+def _values(leaf: Any) -> jax.Array:
+    """The kernel that a leaf stands for, in float32; where there is none, that which its operator was put around."""
+    while operators.is_operator(leaf):
+        try:
+            leaf = leaf.dense()
+        except errors.NotLinear:
+            leaf = leaf.base
+    return leaf.astype(jnp.float32)
+
+
+def parameters(params: Params, kept: Mapping[str, int], units: Mapping[str, int]) -> int:
+    """How many parameters the model has left with ``kept`` units of each dimension (in a row); all where not named.
+
+    params: arrays, operators or their ShapeDtypeStructs.
+    """
+    total = 0
+    depth = sum(s.size for s in paths.segments(params))
+    for path, leaf in paths.flatten(params).items():
+        shape = list(getattr(leaf, "shape", ())) if leaf is not None else [0]
+        for axis, name in axes_of(path):
+            if name in kept:
+                shape[axis] = shape[axis] // units[name] * kept[name]
+        share = kept.get("depth", depth) / depth if path.startswith("layers/") else 1
+        total += round(math.prod(shape) * share)
+    return total
