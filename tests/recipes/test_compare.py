@@ -51,6 +51,20 @@ def make(folder, **more):
     return path
 
 
+def test_a_student_has_the_teacher_of_its_seed(tmp_path):
+    path = make(tmp_path)
+    raw = yaml.safe_load(path.read_text())
+    raw["compare"]["methods"] = {
+        "full": {"name": "full"},
+        "taught": {"method": {"name": "full"}, "distill": {"teacher": "out/runs/full/seed_{seed}", "alpha": 0.2}},
+    }
+    path.write_text(yaml.safe_dump(raw))
+    runs = config.load_comparison(path).runs
+    assert [r.config.distill and r.config.distill.teacher for r in runs] == [
+        None, None, "out/runs/full/seed_0", "out/runs/full/seed_1",
+    ]  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """A comparison that was stopped in its third run and has gone on; seen: the runs that were asked for."""

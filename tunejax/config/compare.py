@@ -1,7 +1,8 @@
 """The config of a comparison: that of a run, with a section ``compare`` in place of ``method``.
 
 Each entry of ``compare.methods`` is what ``method`` is in the config of a run, or a mapping with ``method`` and the
-sections in which its runs differ: ``{method: {name: lora}, train: {learning_rate: 1e-3}}``.
+sections in which its runs differ: ``{method: {name: lora}, train: {learning_rate: 1e-3}}``. Where an entry learns from
+another one's runs, ``{seed}`` stands for its own run's seed: ``distill: {teacher: "runs/x/runs/full/seed_{seed}"}``.
 """
 
 import re
@@ -15,8 +16,11 @@ from pydantic import Field, ValidationError, field_validator
 from tunejax.config import load, schema
 from tunejax.core import errors
 
-OWN = ("method", "model", "data", "objective", "train", "generation", "evaluation", "expected")
+OWN = ("method", "model", "data", "objective", "distill", "train", "generation", "evaluation", "expected")
 """Keys of a run's config that an entry may give; the others belong to all runs or to the comparison."""
+
+SEEDED = (("distill", "teacher"), ("distill", "cache"), ("model", "path"))
+"""Keys whose ``{seed}`` is the run's."""
 
 LABEL = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*")
 """A label is the name of a folder, too."""
@@ -111,11 +115,21 @@ def load_comparison(path: str | Path, assignments: list[str] | tuple[str, ...] =
     for label, entry in section.methods.items():
         origin = f"{path}: compare.methods.{label}"
         mixed = load.override(merged(shared, _parts(entry, origin)), theirs)
-        checked = load.check(mixed, origin)
         for seed in section.seeds:
+            checked = load.check(_seeded(mixed, seed), origin)
             out = Path(checked.output_dir) / "runs" / label / f"seed_{seed}"
             runs.append(Run(label, seed, checked.model_copy(update={"seed": seed, "output_dir": str(out)})))
     return Comparison(Path(path).stem, Path(checked.output_dir), section, runs)
+
+
+def _seeded(raw: dict[str, Any], seed: int) -> dict[str, Any]:
+    """``raw`` with the seed in `SEEDED`."""
+    out = dict(raw)
+    for section, key in SEEDED:
+        found = out.get(section)
+        if isinstance(found, Mapping) and isinstance(found.get(key), str):
+            out[section] = {**found, key: found[key].replace("{seed}", str(seed))}
+    return out
 
 
 def _section(raw: Any, origin: str) -> CompareSection:
