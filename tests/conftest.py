@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
-QUICK = " --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+QUICK = (
+    " --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+)
 """Nearly all the time of the tests is XLA compiling tiny programs: without LLVM's optimisation it takes a quarter."""
 
 if importlib.metadata.version("jaxlib").startswith("0.10."):  # XLA ends the process at a flag that it does not know
@@ -28,14 +30,9 @@ def assets() -> Path:
 
 @pytest.fixture(scope="session", autouse=True)
 def _cache(tmp_path_factory):
-    """The compilation cache lies in a folder of the tests; theirs keeps small programs too, which many files share."""
-    import jax
-
-    folder = str(tmp_path_factory.mktemp("cache"))
-    jax.config.update("jax_compilation_cache_dir", f"{folder}/programs")
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    """The compilation cache of whole commands goes to a folder of the tests."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TUNEJAX_CACHE", folder)
+        patch.setenv("TUNEJAX_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
 
 

@@ -17,7 +17,7 @@ SPECS = {name: {"name": name} for name in registry.NAMES} | {
     "last_k": {"name": "last_k", "k": 1},
     "lora": {"name": "lora", "rank": 2, "dropout": 0.1},
     "lora_plus": {"name": "lora_plus", "rank": 2, "ratio": 2.0},
-    "quantize": [{"name": "quantize", "kind": "int8"}, {"name": "lora", "rank": 2}],
+    "quantize": [{"name": "quantize", "kind": "int8"}, {"name": "lora", "rank": 2, "targets": "mlp/down/kernel"}],
     "fish": {"name": "fish", "mask_steps": 1, "density": 0.1},
     "lt_sft": {"name": "lt_sft", "mask_steps": 2, "density": 0.2, "l1": 0.1, "targets": "mlp/**"},
     "diff_pruning": {"name": "diff_pruning", "mask_steps": 2, "density": 0.2, "targets": "mlp/**"},
@@ -26,7 +26,7 @@ SPECS = {name: {"name": name} for name in registry.NAMES} | {
     "boft": {"name": "boft", "block_size": 4, "factors": 2},
     "said": {"name": "said", "dim": 50, "targets": "attention/{q,v}/kernel"},
     "mam": {"name": "mam", "length": 3, "hidden": 5, "width": 4},
-    "gated": {"name": "gated", "method": {"name": "lora", "rank": 2}},
+    "gated": {"name": "gated", "method": {"name": "lora", "rank": 2, "targets": "attention/q/kernel"}},
     "unipelt": {"name": "unipelt", "length": 3, "rank": 2, "width": 4},
     "s4": {"name": "s4", "budget": 4},
     "loftq": {"name": "loftq", "rank": 2},
@@ -35,6 +35,11 @@ SPECS = {name: {"name": name} for name in registry.NAMES} | {
     "supernet": [{"name": "full"}, {"name": "supernet", "keep": {"heads": 1.0, "mlp": 0.9}, "sizes": 3}],
     "shrink": [{"name": "full"}, {"name": "shrink", "keep": {"heads": 1.0, "mlp": 0.8}, "steps": 4, "every": 1}],
 }
+TWO = "{attention/q,mlp/down}/kernel"
+for _name in (
+    "lora", "lora_fa", "lora_plus", "dora", "pissa", "olora", "vera", "adalora", "loha", "lokr", "krona", "oft", "boft", "loftq",
+):  # fmt: skip
+    SPECS[_name] |= {"targets": TWO}  # one kernel of either part of a block; the methods' own tests have the rest
 DEPTH = {"s4": 4}
 """Layers that a method needs."""
 SEARCH = {"fish": 1, "lt_sft": 2, "diff_pruning": 2}
@@ -46,7 +51,7 @@ VARIANTS = {
     "first_skipped": {"name": "pfeiffer", "width": 8, "drop_first": 1},
     "lstm": {"name": "p_tuning", "length": 4, "encoder": "lstm", "hidden": 8},
     "projected": {"name": "prefix_tuning", "length": 4, "project": True},
-    "nf4": [{"name": "quantize", "kind": "nf4"}, {"name": "dora", "rank": 2}],
+    "nf4": [{"name": "quantize", "kind": "nf4"}, {"name": "dora", "rank": 2, "targets": "mlp/down/kernel"}],
     "shrunk": [
         {"name": "lora", "rank": 2, "targets": "**/layers/**/kernel"},
         {"name": "shrink", "keep": {"hidden": 0.9, "depth": 1.0}, "steps": 4, "every": 1, "importance": "movement"},
