@@ -37,7 +37,8 @@ SPECS = {name: {"name": name} for name in registry.NAMES} | {
 }
 TWO = "{attention/q,mlp/down}/kernel"
 for _name in (
-    "lora", "lora_fa", "lora_plus", "dora", "pissa", "olora", "vera", "adalora", "loha", "lokr", "krona", "oft", "boft", "loftq",
+    "lora", "lora_fa", "lora_plus", "dora", "pissa", "olora", "vera", "adalora", "loha", "lokr", "krona",
+    "oft", "boft", "loftq",
 ):  # fmt: skip
     SPECS[_name] |= {"targets": TWO}  # one kernel of either part of a block; the methods' own tests have the rest
 DEPTH = {"s4": 4}
