@@ -101,6 +101,8 @@ def run(name: str, model: str, data: dict[str, Any], recipe: str, part: float, a
         **({"distill": own} if own else {}),
     }  # fmt: skip
     summary = train.run(load.check(raw, recipe))
+    if "eval_loss" not in summary:
+        sys.exit(f"{out}: stopped; the same command goes on")
     return {"parameters": parameters(out), "perplexity": math.exp(summary["eval_loss"])}
 
 
