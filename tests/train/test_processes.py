@@ -15,8 +15,18 @@ import pytest
 
 WORKER = Path(__file__).with_name("worker.py")
 KILLS = int(os.environ.get("TUNEJAX_KILLS", "3"))
+MASK_KILLS = int(os.environ.get("TUNEJAX_KILLS", "2"))
 STEPS = max(30, 3 * KILLS)
 pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _programs_are_kept(tmp_path_factory):
+    """From one process to the next, as a run keeps them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("programs")))
+        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+        yield
 
 
 def start(folder, *args):
@@ -42,7 +52,7 @@ def wait_for_lines(process, path, lines):
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
-    return finish(start(folder)), dict(np.load(folder / "train.npz")), (folder / "metrics.jsonl").read_text()
+    return finish(start(folder)), dict(np.load(folder / "arrays.npz")), (folder / "metrics.jsonl").read_text()
 
 
 def losses_of(text):
@@ -64,10 +74,33 @@ def test_killed_and_resumed_ends_in_the_same_bytes(uninterrupted, tmp_path):
         process.communicate()
     assert hit > KILLS // 2
     finish(start(tmp_path))
-    got = dict(np.load(tmp_path / "train.npz"))
+    got = dict(np.load(tmp_path / "arrays.npz"))
     for name, array in want.items():
         np.testing.assert_array_equal(got[name], array, err_msg=name)
     assert losses_of((tmp_path / "metrics.jsonl").read_text()) == losses_of(log)
+
+
+def test_killed_while_units_are_masked(tmp_path):
+    """At random steps of the schedule: the same weights, scores and masks, bit by bit."""
+    whole, folder, steps = tmp_path / "whole", tmp_path / "killed", max(20, 2 * MASK_KILLS)
+    flags = [f for f in os.environ["XLA_FLAGS"].split() if "device_count" not in f]
+    options = ("--method", "shrink", "--steps", steps, f"--xla={' '.join(flags)}")
+    finish(start(whole, *options))
+    begin, end = 3, steps - 4
+    for step in sorted(random.Random(0).sample(range(begin, end), MASK_KILLS)):
+        process = start(folder, *options, "--pause", 0.05)
+        wait_for_lines(process, folder / "metrics.jsonl", step)
+        assert process.poll() is None
+        process.kill()
+        process.communicate()
+        assert begin <= max(losses_of((folder / "metrics.jsonl").read_text())) < end
+    finish(start(folder, *options))
+    want, got = (dict(np.load(f / "arrays.npz")) for f in (whole, folder))
+    kept = {name: x.sum(-1).tolist() for name, x in want.items() if "'kept'" in name}
+    assert sorted(kept.values()) == [[1] * 3, [2], [12], [12] * 3]
+    assert got.keys() == want.keys()
+    for name, array in want.items():
+        assert got[name].tobytes() == array.tobytes(), name
 
 
 def test_sigterm_saves_and_a_second_run_goes_on_from_there(uninterrupted, tmp_path):
@@ -79,7 +112,7 @@ def test_sigterm_saves_and_a_second_run_goes_on_from_there(uninterrupted, tmp_pa
     assert 0 < stopped["step"] < STEPS
     again = finish(start(tmp_path))
     assert again["resumed_from"] == stopped["step"]
-    for name, array in np.load(tmp_path / "train.npz").items():
+    for name, array in np.load(tmp_path / "arrays.npz").items():
         np.testing.assert_array_equal(array, uninterrupted[1][name])
 
 
