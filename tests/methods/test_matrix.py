@@ -10,6 +10,7 @@ import pytest
 import tiny
 import trains
 
+from tunejax.core import gradual
 from tunejax.methods import registry
 
 FAMILIES = {"llama": tiny.LLAMA, "qwen3": tiny.QWEN3, "gpt2": tiny.GPT2, "bert": tiny.BERT}
@@ -43,6 +44,8 @@ for _name in (
     SPECS[_name] |= {"targets": TWO}  # one kernel of either part of a block; the methods' own tests have the rest
 DEPTH = {"s4": 4}
 """Layers that a method needs."""
+MASKS = {"shrink", "shrunk", "prune", "supernet"}
+"""Whose masks are the same on any mesh."""
 SEARCH = {"fish": 1, "lt_sft": 2, "diff_pruning": 2}
 """Steps in which a method looks for its mask, and after which it begins again from the base."""
 
@@ -76,7 +79,19 @@ def test_trains(name, family):
     spec = fused(config) if name == "adapter_fusion" else spec
     config = dataclasses.replace(config, num_layers=DEPTH.get(name, config.num_layers))
     options = {"steps": search + 5, "learning_rate": 1e-2, "config": config}
-    one, _ = trains.run(spec, remat="none", **options)
-    eight, _ = trains.run(spec, remat="full", shape=(2, 2, 2), **options)
+    one, own = trains.run(spec, remat="none", **options)
+    eight, theirs = trains.run(spec, remat="full", shape=(2, 2, 2), **options)
     assert all(b < a for a, b in itertools.pairwise(one[search:])), one
     np.testing.assert_allclose(eight, one, atol=1e-5)
+    if name in MASKS:
+        alone, spread = units_of(own.state), units_of(theirs.state)
+        assert any(not np.all(x) for x in jax.tree.leaves(alone))
+        jax.tree.map(np.testing.assert_array_equal, spread, alone)
+
+
+def units_of(state):
+    """The masks that a chain's state holds, or, of a supernet, those of its smallest size."""
+    last = state[max(state)]
+    if "kept" in last:
+        return last["kept"]
+    return {name: gradual.greatest(x, last["counts"][name][-1]) for name, x in last["importance"].items()}

@@ -1,5 +1,7 @@
 """Progressive shrinking: scores, schedules and targets against formulas, and what is masked in a run."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +13,7 @@ from tunejax.core import errors, gradual, masked, paths, units
 from tunejax.core import method as methods
 from tunejax.core.method import Context
 from tunejax.methods import full, registry, shrink
-from tunejax.models import cut
+from tunejax.models import cost, cut
 
 KEY = jax.random.key(0)
 KEEP = {"heads": 0.5, "mlp": 0.5, "depth": 0.67, "hidden": 0.75}
@@ -164,6 +166,34 @@ def test_a_part_of_the_parameters():
         shrink.shrink(["mlp"], parameters=0.1).init(KEY, p)
 
 
+@pytest.mark.parametrize(
+    ("config", "head"),
+    [(tiny.LLAMA, "lm"), (tiny.QWEN3, "lm"), (tiny.BERT, "mlm"), (tiny.BERT, "classification"),
+     (dataclasses.replace(tiny.LLAMA, num_labels=3), "classification")],
+)  # fmt: skip
+def test_a_part_of_the_flops(config, head):
+    """Counted by the shape of the model that is cut, in any number of segments."""
+    shapes = jax.eval_shape(tiny.model(config, head, (1,)).init, KEY)
+    sizes = cut.sizes(config)
+    for kept in ({}, {"mlp": 5}, {k: v // 2 for k, v in sizes.items()}):
+        fewer = cut.smaller(config, kept)
+        assert units.flops(shapes, kept, sizes, 7) == cost.forward_flops(fewer, head, 7)
+        assert units.parameters(shapes, kept, sizes) == cost.parameters(fewer, head)
+    if config is not tiny.QWEN3:
+        return
+    names = ("heads", "mlp", "hidden")
+    method = shrink.shrink([*names], flops=0.6, length=20, num_kv_heads=2)
+    target = {k: int(x) for k, x in begun(method, tiny.params(config))[1].state["target"].items()}
+
+    def left(kept):
+        return cost.forward_flops(cut.smaller(config, kept), head, 20) / cost.forward_flops(config, head, 20)
+
+    parts = dict.fromkeys(tuple(max(1, round(i / 1000 * sizes[k])) for k in names) for i in range(1000, 0, -1))
+    counts = (dict(zip(names, p, strict=True)) for p in parts)
+    assert target == next(kept for kept in counts if left(kept) <= 0.6)
+    assert left(target) > 0.5
+
+
 @pytest.mark.parametrize("importance", shrink.IMPORTANCE)
 def test_a_run_masks_what_it_says_and_moves_no_probe(importance):
     keep = {k: v for k, v in KEEP.items() if k != "depth" or importance != "activation"}
@@ -175,6 +205,16 @@ def test_a_run_masks_what_it_says_and_moves_no_probe(importance):
     }
     assert not any(np.any(x) for x in jax.tree.leaves(state.train["1:shrink"]))
     assert all(np.abs(x).max() > 0 for x in jax.tree.leaves(state.state["1:shrink"]["importance"]))
+
+
+def test_on_eight_devices_the_losses_and_masks_are_those_of_one():
+    shrink = {"name": "shrink", "keep": KEEP, "schedule": "stages", "steps": 4, "every": 1, "begin": 1}
+    one, own = trains.run([{"name": "full"}, shrink], steps=6)
+    eight, theirs = trains.run([{"name": "full"}, shrink], steps=6, shape=(2, 2, 2))
+    np.testing.assert_allclose(eight, one, atol=1e-5)
+    for name, mask in own.state["1:shrink"]["kept"].items():
+        assert not np.all(mask)
+        np.testing.assert_array_equal(theirs.state["1:shrink"]["kept"][name], mask)
 
 
 def test_magnitude_is_of_the_weights_after_the_step():
@@ -198,6 +238,9 @@ def test_bad_arguments():
         ({"keep": {"mlp": 0.0}}, r"keep\[mlp\] is 0.0"),
         ({"keep": ["mlp"]}, "a list of dimensions together with parameters"),
         ({"keep": {"mlp": 0.5}, "parameters": 0.5}, "a list of dimensions together with parameters"),
+        ({"keep": ["mlp"], "parameters": 0.5, "flops": 0.5}, "give one of parameters, flops"),
+        ({"keep": ["mlp"], "flops": 1.5}, "flops is 1.5"),
+        ({"keep": ["mlp"], "flops": 0.5, "length": 0}, "length is 0"),
         ({"schedule": "cubik"}, "Did you mean 'cubic'"),
         ({"steps": 0, "beta": 1.0}, "steps is 0; it must be at least 1; beta is 1.0"),
         ({"keep": {"depth": 0.5}, "importance": "activation"}, "a layer has no activation"),
@@ -207,6 +250,8 @@ def test_bad_arguments():
     ):
         with pytest.raises(errors.ConfigError, match=says):
             shrink.shrink(**arguments)
+    with pytest.raises(errors.ConfigError, match="latency is measured on the device"):
+        shrink.shrink(["mlp"], latency=0.5).init(KEY, tiny.params())
     gpt2 = registry.build({"name": "shrink", "keep": {"heads": 0.5}}, facts={"num_kv_heads": 4, "kv_head_counts": [4]})
     with pytest.raises(errors.ConfigError, match=r"2 of 4 key/value heads cannot be written.*\[4\]"):
         gpt2.init(KEY, tiny.params(tiny.GPT2))

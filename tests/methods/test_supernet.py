@@ -47,6 +47,31 @@ def test_whose_turn_it_is():
     assert {int(supernet.sampled(Context(turn=2, key=jax.random.key(i)), 2)) for i in range(9)} <= {0, 1}
 
 
+def test_a_mixture_takes_each_dimension_by_itself():
+    p = tiny.params(tiny.QWEN3)
+    found = masks({"heads": 2, "mlp": 1}, p)
+    assert {k: int(m.sum(1)[0]) for k, m in found.items()} == {"heads": 1, "mlp": 20, "depth": 3, "hidden": 16}
+    for name, size in (("heads", 2), ("mlp", 1)):
+        np.testing.assert_array_equal(found[name], masks(size, p)[name])
+
+
+def test_mixed_turns_draw_each_dimension_by_itself():
+    def of(i, name):
+        return supernet.sampled(Context(turn=i % 3, key=jax.random.key(i)), 4, name)
+
+    turns = np.arange(90)
+    mlp, hidden = (np.asarray(jax.vmap(lambda i, name=name: of(i, name))(turns)) for name in ("mlp", "hidden"))
+    assert set(mlp[::3]) == set(hidden[::3]) == {0}
+    assert set(mlp[1::3]) == set(hidden[1::3]) == {3}
+    assert len({*zip(mlp[2::3].tolist(), hidden[2::3].tolist(), strict=True)}) > 10
+    method, p = supernet.supernet(KEEP, sizes=4, num_kv_heads=2, mixed=True), tiny.params(tiny.QWEN3)
+    state = method.init(jax.random.key(0), p).state
+    i = int(next(t for t in turns[2::3] if mlp[t] != hidden[t]))
+    found = cut.masks(method.bind(p, {}, state, Context(train=True, turn=2, key=jax.random.key(i))), tiny.QWEN3)
+    assert found["mlp"].sum(1)[0] == [24, 20, 16, 12][mlp[i]]
+    assert found["hidden"].sum(1)[0] == [16, 15, 13, 12][hidden[i]]
+
+
 def test_the_micro_batches_of_a_step_take_turns():
     """A step of three equals the mean over the three sizes, each on its own rows."""
     one, s, base, _ = trains.begin([{"name": "full"}, {"name": "supernet", "keep": {"mlp": 0.25}, "sizes": 3}])
@@ -73,6 +98,9 @@ def test_bad_arguments():
         ({"keep": {"mlp": 1.5}}, r"keep\[mlp\] is 1.5"),
         ({"sizes": 1}, "sizes is 1"),
         ({"size": 5}, "from 0 to 4"),
+        ({"size": {"mlp": 5}}, "from 0 to 4"),
+        ({"size": {"depth": 1}}, "of mlp"),
+        ({"size": {"mpl": 1}}, "Did you mean 'mlp'"),
         ({"keep": {"heads": 0.5}}, "give num_kv_heads"),
     ):
         with pytest.raises(errors.ConfigError, match=says):

@@ -7,14 +7,14 @@ stages:   one dimension after another, each down in equal steps      (the order 
 one_shot: left = 0 from the first update on
 """
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from tunejax.core import errors, units
-from tunejax.core.paths import Params
+from tunejax.core import errors
 
 SCHEDULES = ("cubic", "stages", "one_shot")
 
@@ -78,47 +78,48 @@ def fitting(count: int, allowed: Sequence[int] | None) -> int:
     return max((c for c in allowed if c <= count), default=min(allowed)) if allowed else count
 
 
-def targets(
-    params: Params,
-    keep: Mapping[str, float],
-    parameters: float | None,
-    sizes: Mapping[str, int],
-    head_counts: Sequence[int] | None = None,
-) -> dict[str, int]:
-    """How many units of each dimension (`core.units`) are left at the end, in a row.
-
-    Args:
-      params: arrays, operators or their ShapeDtypeStructs.
-      keep: dimension -> the part of its units to keep; with ``parameters``, the same greatest part of each that fits.
-      parameters: the part of all parameters that may be left.
-      sizes: dimension -> its units.
-      head_counts: the numbers of key/value heads that are allowed; None: any.
+def counts(keep: Mapping[str, float], sizes: Mapping[str, int], head_counts: Sequence[int] | None) -> dict[str, int]:
+    """How many units of each dimension (`core.units`) are left at the end, in a row, by the part of them to keep.
 
     Raises:
-      ConfigError: a number of heads that is not allowed, or too few parameters for one unit each.
+      ConfigError: a number of key/value heads that is not among ``head_counts`` (None: any).
     """
+    wanted = _rounded(keep, sizes)
+    if _allowed(wanted, head_counts) != wanted:
+        raise errors.ConfigError(
+            f"shrink: {wanted['heads']} of {sizes['heads']} key/value heads cannot be written by the model's "
+            f"format, which can say {list(head_counts or ())}; keep such a part of heads, or cut hidden by the same"
+        )
+    return wanted
 
-    def counts(share: Mapping[str, float]) -> dict[str, int]:
-        return {name: max(1, round(part * sizes[name])) for name, part in share.items()}
 
-    def allowed(wanted: dict[str, int]) -> dict[str, int]:
-        return {k: fitting(c, head_counts) if k == "heads" else c for k, c in wanted.items()}
+def greatest_counts(
+    dimensions: Iterable[str],
+    sizes: Mapping[str, int],
+    head_counts: Sequence[int] | None,
+    left: Callable[[Mapping[str, int]], float],
+    most: float,
+) -> dict[str, int]:
+    """`counts` of the greatest part, the same of each dimension, of which ``left`` says at most ``most``.
 
-    if parameters is None:
-        wanted = counts(keep)
-        if allowed(wanted) != wanted:
-            raise errors.ConfigError(
-                f"shrink: {wanted['heads']} of {sizes['heads']} key/value heads cannot be written by the model's "
-                f"format, which can say {list(head_counts or ())}; keep such a part of heads, or cut hidden by the same"
-            )
-        return wanted
-    total, left = units.parameters(params, {}, sizes), 0
+    Raises:
+      ConfigError: one unit each is too many.
+    """
+    found = math.inf
     for thousandths in range(1000, -1, -1):
-        wanted = allowed(counts(dict.fromkeys(keep, thousandths / 1000)))
-        left = units.parameters(params, wanted, sizes)
-        if left <= parameters * total:
+        wanted = _allowed(_rounded(dict.fromkeys(dimensions, thousandths / 1000), sizes), head_counts)
+        found = left(wanted)
+        if found <= most:
             return wanted
     raise errors.ConfigError(
-        f"shrink: parameters is {parameters}, and with one unit each of {', '.join(keep)} {left / total:.3f} are left; "
+        f"shrink: a part of {most} is to be left, and with one unit each of {', '.join(dimensions)} {found:.3f} are; "
         "shrink more dimensions"
     )
+
+
+def _rounded(keep: Mapping[str, float], sizes: Mapping[str, int]) -> dict[str, int]:
+    return {name: max(1, round(part * sizes[name])) for name, part in keep.items()}
+
+
+def _allowed(wanted: dict[str, int], head_counts: Sequence[int] | None) -> dict[str, int]:
+    return {k: fitting(c, head_counts) if k == "heads" else c for k, c in wanted.items()}

@@ -21,6 +21,9 @@ PROBE = 2.0**-10
 SCORES = "importance"
 """Under this name a method keeps, in its state, the scores that its masks follow: dimension -> [rows, units]."""
 
+COUNTS = "counts"
+"""Under this name a method keeps in its state how many units each size that it offers keeps: dimension -> [sizes]."""
+
 
 @operators.operator
 class Masked:
@@ -136,12 +139,30 @@ def taken_off(params: Params) -> Params:
     return paths.unflatten(flat)
 
 
+def any_stands(params: Params) -> bool:
+    """Whether a mask of `put` stands outermost anywhere."""
+    gates = [paths.get(params, units.GATE.format(s.name)) for s in paths.segments(params)]
+    return any(isinstance(x, Masked) for x in paths.flatten(params).values()) or any(g is not None for g in gates)
+
+
 def scores(state: Any) -> dict[str, Any]:
     """The scores of the last method of a chain that keeps some; empty where none does."""
+    return _by_dimension(state, SCORES)
+
+
+def counts(state: Any) -> dict[str, Any]:
+    """Dimension -> int [sizes], how many units each size keeps, of a method that offers several; empty where none does.
+
+    Of each size those are kept that score highest, see `scores`.
+    """
+    return _by_dimension(state, COUNTS)
+
+
+def _by_dimension(state: Any, name: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if isinstance(state, Mapping):
         for key, value in state.items():
-            inner = value if key == SCORES and set(value) <= set(units.DIMENSIONS) else scores(value)
+            inner = value if key == name and set(value) <= set(units.DIMENSIONS) else _by_dimension(value, name)
             found.update(inner)
     return found
 

@@ -156,13 +156,40 @@ def parameters(params: Params, kept: Mapping[str, int], units: Mapping[str, int]
 
     params: arrays, operators or their ShapeDtypeStructs.
     """
-    total = 0
-    depth = sum(s.size for s in paths.segments(params))
-    for path, leaf in paths.flatten(params).items():
-        shape = list(getattr(leaf, "shape", ())) if leaf is not None else [0]
+    return sum(math.prod(shape) for _, shape in _left(params, kept, units))
+
+
+def flops(params: Params, kept: Mapping[str, int], units: Mapping[str, int], length: int) -> int:
+    """FLOPs a token of a forward pass over rows of ``length`` tokens with ``kept`` units of each dimension.
+
+    Products alone, two for each multiply and add: the kernels of the stack, the vocabulary's head (the embedding table
+    where there is no head of its own), and scores and mixing over all pairs.
+    """
+    shapes = dict(_left(params, kept, units))
+    vocab, embed = shapes["embed/table"]
+    own = [p for p in shapes if p in ("head/kernel", "classifier/kernel")]
+    total = 0 if own else vocab * embed
+    for path, shape in shapes.items():
+        if not path.endswith("kernel"):
+            continue
+        if path.startswith(("layers/", "mlm/")) or (path == "head/kernel" and shape[-1] == vocab):
+            total += math.prod(shape)
+        if path.startswith("layers/") and path.endswith("attention/o/kernel"):
+            total += 2 * length * math.prod(shape[:-1])
+    return 2 * total
+
+
+def _left(params: Params, kept: Mapping[str, int], units: Mapping[str, int]) -> Iterator[tuple[Path, list[int]]]:
+    """(path, shape) of every parameter with ``kept`` units of each dimension; the stack stands as its first segment."""
+    flat, depth = paths.flatten(params), sum(s.size for s in paths.segments(params))
+    first = f"layers/{paths.segments(params)[0].name}/"
+    for path, leaf in flat.items():
+        if leaf is None or (path.startswith("layers/") and not path.startswith(first)):
+            continue
+        shape = list(leaf.shape)
         for axis, name in axes_of(path):
             if name in kept:
                 shape[axis] = shape[axis] // units[name] * kept[name]
-        share = kept.get("depth", depth) / depth if path.startswith("layers/") else 1
-        total += round(math.prod(shape) * share)
-    return total
+        if path.startswith("layers/"):
+            shape[0] = kept.get("depth", depth)
+        yield path, shape

@@ -41,6 +41,9 @@ SCALES = {"taylor": masked.PROBE, "movement": masked.PROBE, "activation": masked
 def shrink(
     keep: dict[str, float] | list[str] | None = None,
     parameters: float | None = None,
+    flops: float | None = None,
+    latency: float | None = None,
+    length: int = 64,
     steps: int = 1000,
     begin: int = 0,
     every: int = 10,
@@ -59,8 +62,11 @@ def shrink(
 
     Args:
       keep: dimension (heads, mlp, depth, hidden) -> the part of its units to keep; half of the MLP unless told. With
-        ``parameters``, a list of dimensions that all keep the same part, as great as may be.
+        ``parameters``, ``flops`` or ``latency``, a list of dimensions that all keep the same part, as great as may be.
       parameters: the part of the model's parameters to keep.
+      flops: the part of a forward pass's FLOPs a token to keep, in rows of ``length`` tokens.
+      latency: the part of a forward pass's time to keep. A run measures it when it begins, and puts parts in ``keep``.
+      length: see ``flops``.
       steps: updates from the first mask to the last.
       begin: updates before it, in which importance is gathered.
       every: updates between masks.
@@ -78,8 +84,9 @@ def shrink(
     dimensions = {"mlp": 0.5} if keep is None else dict.fromkeys(keep, 1.0) if isinstance(keep, list) else dict(keep)
     plan = gradual.Plan(schedule, steps, begin, every, stages)
     units.check(dimensions, "shrink: keep")
-    problems = [*_keep_problems(dimensions, keep, parameters), *plan.problems((*gradual.SCHEDULES, GATED))]
-    problems += _score_problems(dimensions, importance, beta)
+    problems = _keep_problems(dimensions, keep, {"parameters": parameters, "flops": flops, "latency": latency})
+    problems += [*plan.problems((*gradual.SCHEDULES, GATED)), *_score_problems(dimensions, importance, beta)]
+    problems += [f"length is {length}; it must be at least 1"] if length < 1 else []
     if (schedule == GATED) != (max_loss is not None) or patience < 1:
         problems.append("loss_gated needs max_loss and a patience of at least 1, and no other schedule takes max_loss")
     if "heads" in dimensions and num_kv_heads is None:
@@ -91,7 +98,7 @@ def shrink(
     def init(key: Any, params: Params) -> Start:
         sizes = units.sizes(params, num_kv_heads)
         # Where hidden is cut too, heads of the same part may fit: the cut will tell.
-        target = gradual.targets(params, dimensions, parameters, sizes, None if "hidden" in order else kv_head_counts)
+        target = targets(params, sizes, None if "hidden" in order else kv_head_counts)
         zeros = {name: jnp.zeros((units.rows(params, name), sizes[name])) for name in dimensions}
         state = {
             "updates": jnp.zeros((), jnp.int32),
@@ -104,6 +111,23 @@ def shrink(
             counters = {name: jnp.zeros((), jnp.int32) for name in ("moved", "waited")}
             state["gate"] = {"good": good, "loss": jnp.zeros(()), **counters}
         return Start(train={} if importance == "magnitude" else {"probe": zeros}, state=state)
+
+    def targets(params: Params, sizes: Any, allowed: Any) -> dict[str, int]:
+        """How many units of each dimension are left at the end, in a row."""
+        if latency is not None and not isinstance(keep, dict):
+            raise errors.ConfigError(
+                "shrink: latency is measured on the device when a run of tunejax train begins; elsewhere give keep"
+            )
+        if parameters is None and flops is None:
+            return gradual.counts(dimensions, sizes, allowed)
+
+        def cost(kept: Mapping[str, int]) -> int:
+            if flops is None:
+                return units.parameters(params, kept, sizes)
+            return units.flops(params, kept, sizes, length)
+
+        whole, most = cost({}), parameters if flops is None else flops
+        return gradual.greatest_counts(order, sizes, allowed, lambda kept: cost(kept) / whole, float(most or 1))
 
     def bind(params: Params, train: Any, state: Any, ctx: Context) -> Params:
         masks = {name: kept.astype(jnp.float32) for name, kept in state["kept"].items()}
@@ -166,13 +190,17 @@ def _magnitudes(ctx: Context, state: Any) -> dict[str, jax.Array]:
     return {name: units.squares(params, name, old.shape[1]) for name, old in state[masked.SCORES].items()}
 
 
-def _keep_problems(keep: Mapping[str, float], asked: Any, parameters: float | None) -> list[str]:
+def _keep_problems(keep: Mapping[str, float], asked: Any, budgets: Mapping[str, float | None]) -> list[str]:
     problems = [f"keep[{k}] is {v}; it must lie in (0, 1]" for k, v in keep.items() if not 0 < v <= 1]
-    if not keep or (asked is not None and isinstance(asked, list) != (parameters is not None)):
-        problems.append("give keep as parts by dimension, or as a list of dimensions together with parameters")
-    if parameters is not None and not 0 < parameters <= 1:
-        problems.append(f"parameters is {parameters}; it must lie in (0, 1]")
-    return problems
+    given = {k: v for k, v in budgets.items() if v is not None}
+    measured = list(given) == ["latency"] and isinstance(asked, dict)
+    if not keep or (asked is not None and isinstance(asked, list) != bool(given) and not measured):
+        problems.append(
+            f"give keep as parts by dimension, or as a list of dimensions together with {' or '.join(budgets)}"
+        )
+    if len(given) > 1:
+        problems.append(f"give one of {', '.join(given)}")
+    return problems + [f"{k} is {v}; it must lie in (0, 1]" for k, v in given.items() if not 0 < v <= 1]
 
 
 def _score_problems(keep: Mapping[str, float], importance: str, beta: float) -> list[str]:

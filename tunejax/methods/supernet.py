@@ -6,7 +6,8 @@ arXiv:1903.05134).
     kept(i) = all - i / (n - 1) · (all - keep · all), rounded
 
 Of three micro-batches in turn the first goes through the whole network, the second through the smallest, the third
-through one between, at random. With three of them a step, each step trains all three, as the sandwich rule has it; what
+through one between, at random (with ``mixed``, of each dimension another, so that mixtures train too, as the paper's
+sampling has it). With three of them a step, each step trains all three, as the sandwich rule has it; what
 they saw is not the same rows, though. Units are ranked once, by the magnitude that they have at the start, so
 a smaller size is a part of every larger one.
 """
@@ -28,7 +29,8 @@ FACTS = ("num_kv_heads", "kv_head_counts")
 def supernet(
     keep: dict[str, float] | None = None,
     sizes: int = 5,
-    size: int = 0,
+    size: int | dict[str, int] = 0,
+    mixed: bool = False,
     num_kv_heads: int | None = None,
     kv_head_counts: list[int] | None = None,
 ) -> Method:
@@ -40,7 +42,9 @@ def supernet(
       keep: dimension (heads, mlp, depth, hidden) -> the part of its units that the smallest size keeps; half of the MLP
         unless told.
       sizes: how many.
-      size: the one that evaluation, generation and the cut see; 0 is the whole network. May change after the run.
+      size: the one that evaluation, generation and the cut see; 0 is the whole network. By dimension, a mixture: of
+        what it does not name, all is kept. May change after the run.
+      mixed: whether the third of the turns draws the size of each dimension by itself, from all sizes.
       num_kv_heads: of the model; a unit of "heads" is one with the query heads that read it.
       kv_head_counts: how many its format can say; any unless told.
 
@@ -50,9 +54,11 @@ def supernet(
     least = {"mlp": 0.5} if keep is None else dict(keep)
     units.check(least, "supernet: keep")
     problems = [f"keep[{k}] is {v}; it must lie in (0, 1]" for k, v in least.items() if not 0 < v <= 1]
-    if not least or sizes < 2 or not 0 <= size < sizes:
+    chosen = size if isinstance(size, dict) else dict.fromkeys(least, size)
+    units.check(chosen, "supernet: size")
+    if not least or sizes < 2 or not all(name in least and 0 <= i < sizes for name, i in chosen.items()):
         problems.append(
-            f"sizes is {sizes} and size {size}: there are at least 2, from 0 to {sizes - 1}, of some dimension"
+            f"sizes is {sizes} and size {size}: there are at least 2, from 0 to {sizes - 1}, of {', '.join(least)}"
         )
     if "heads" in least and num_kv_heads is None:
         problems.append("to shrink heads, give num_kv_heads of the model (a config's run knows it)")
@@ -67,18 +73,25 @@ def supernet(
             allowed = kv_head_counts if name == "heads" and "hidden" not in least else None
             counts[name] = jnp.asarray([gradual.fitting(max(1, c), allowed) for c in wanted], jnp.int32)
         scores = {name: units.squares(params, name, every[name]) for name in least}
-        return Start(state={masked.SCORES: scores, "counts": counts})
+        return Start(state={masked.SCORES: scores, masked.COUNTS: counts})
 
     def bind(params: Params, train: Any, state: Any, ctx: Context) -> Params:
-        at = size if not ctx.train or ctx.key is None else sampled(ctx, sizes)
-        kept = {name: gradual.greatest(x, state["counts"][name][at]) for name, x in state[masked.SCORES].items()}
-        return masked.put(params, {name: x.astype(jnp.float32) for name, x in kept.items()})
+        masks = {}
+        for name, x in state[masked.SCORES].items():
+            own = name if mixed else ""
+            at = chosen.get(name, 0) if not ctx.train or ctx.key is None else sampled(ctx, sizes, own)
+            masks[name] = gradual.greatest(x, state[masked.COUNTS][name][at]).astype(jnp.float32)
+        return masked.put(params, masks)
 
     return methods.method("supernet", init, bind)
 
 
-def sampled(ctx: Context, sizes: int) -> jax.Array:
-    """The size of a micro-batch: by its turn the whole network, the smallest, or one between."""
-    turn = jnp.asarray(ctx.turn) % 3
-    between = jax.random.randint(methods.path_key(ctx.key, "size"), (), min(1, sizes - 2), max(sizes - 1, 1))
-    return jnp.where(turn == 0, 0, jnp.where(turn == 1, sizes - 1, between))
+def sampled(ctx: Context, sizes: int, dimension: str = "") -> jax.Array:
+    """The size of a micro-batch: by its turn the whole network, the smallest, or one between.
+
+    dimension: where each has a size of its own, which; then "between" is any.
+    """
+    turn, key = jnp.asarray(ctx.turn) % 3, methods.path_key(ctx.key, f"size{dimension}")
+    low, high = (0, sizes) if dimension else (min(1, sizes - 2), max(sizes - 1, 1))
+    drawn = jax.random.randint(key, (), low, high)
+    return jnp.where(turn == 0, 0, jnp.where(turn == 1, sizes - 1, drawn))

@@ -107,7 +107,7 @@ def cut(
                 rows = kept[name][layers] if units.DIMENSIONS[name].layered else kept[name]
                 x = _taken(x, rows, axis, full[name])
         out[path] = x
-    return paths.unflatten(out), _smaller(config, {name: x.shape[1] for name, x in kept.items()})
+    return paths.unflatten(out), smaller(config, {name: x.shape[1] for name, x in kept.items()})
 
 
 def _indices(name: str, mask: Any, config: ModelConfig, score: Any) -> np.ndarray:
@@ -146,7 +146,8 @@ def _joined(params: Params) -> dict[Path, Any]:
     return out
 
 
-def _smaller(config: ModelConfig, kept: Mapping[str, int]) -> ModelConfig:
+def smaller(config: ModelConfig, kept: Mapping[str, int]) -> ModelConfig:
+    """``config`` with ``kept`` units of each dimension; whole where it is not named."""
     changes: dict[str, Any] = {}
     if "heads" in kept:
         group = config.num_heads // config.num_kv_heads
@@ -177,7 +178,7 @@ def head_counts(config: ModelConfig, head: str) -> tuple[int, ...]:
 
     def fits(count: int) -> bool:
         try:
-            check(_smaller(config, {"heads": count}), head)
+            check(smaller(config, {"heads": count}), head)
         except errors.ConfigError:
             return False
         return True
