@@ -76,17 +76,7 @@ def parser() -> argparse.ArgumentParser:
         "--dtype", choices=["float32", "bfloat16", "float16"], help="of the weights (default: as loaded)"
     )
     _merge(verb("merge", "combine the adapters of several runs on one base into one"))
-    shrink = verb("shrink", "cut away what a run masked, and write the smaller model for transformers")
-    shrink.add_argument("run", help="run folder whose method masks units (shrink)")
-    shrink.add_argument("output", help="folder to write; must not exist or be empty")
-    shrink.add_argument("overrides", nargs="*", metavar="key=value", help="override a key of its config")
-    shrink.add_argument(
-        "--dtype", choices=["float32", "bfloat16", "float16"], help="of the weights (default: as loaded)"
-    )
-    shrink.add_argument(
-        "--batch", type=int, default=8, help="rows of the batch that latency is measured on (default 8)"
-    )
-    shrink.add_argument("--length", type=int, default=64, help="tokens of its rows (default 64)")
+    _shrink(verb("shrink", "cut away what a run masked, and write the smaller model for transformers; resumes"))
     verb("methods", "list the methods, what they train and their papers").add_argument(
         "--markdown", action="store_true", help="as the table of the README"
     )
@@ -113,6 +103,20 @@ def _merge(sub: argparse.ArgumentParser) -> None:
     )
     sub.add_argument("--rank", type=int, help="with --of weights: keep kernels as products of this rank (by SVD)")
     sub.add_argument("--seed", type=int, default=0, help="of what dare_* drops")
+
+
+def _shrink(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("run", help="run folder whose method masks units (shrink), or a config, which is trained first")
+    sub.add_argument("output", help="folder to write; must not exist or be empty")
+    sub.add_argument("overrides", nargs="*", metavar="key=value", help="override a key of its config")
+    sub.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of the weights (default: as loaded)")
+    sub.add_argument("--batch", type=int, default=8, help="rows of the batch that latency is measured on (default 8)")
+    sub.add_argument("--length", type=int, default=64, help="tokens of its rows (default 64)")
+    sub.add_argument("--parameters", type=float, help="of a supernet: search the best mixture of sizes with this part")
+    sub.add_argument("--flops", type=float, help="the same, by the part of a forward pass's FLOPs a token")
+    sub.add_argument("--evaluations", type=int, default=50, help="mixtures that the search tries (default 50)")
+    sub.add_argument("--metric", default="loss", help="score of the held-out rows that it goes by (default loss)")
+    sub.add_argument("--seed", type=int, default=0, help="of what it tries")
 
 
 def _generate(sub: argparse.ArgumentParser) -> None:

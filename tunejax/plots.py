@@ -143,3 +143,34 @@ def _around(at: Any, radius: float = 3.0) -> Any:
     from matplotlib.transforms import Bbox
 
     return Bbox.from_extents(at[0] - radius, at[1] - radius, at[0] + radius, at[1] + radius)
+
+
+WIDEST = 2.0
+"""Longest bar of `shares`; a longer one ends in its number."""
+
+
+def shares(bars: Iterable[tuple[str, float]], path: Path, title: str = "") -> Path | None:
+    """Draws ratios (label, value) as horizontal bars beside a line at 1, as a PNG.
+
+    Returns:
+      ``path``, or None where there is no bar.
+    """
+    bars = list(bars)
+    if not bars:
+        return None
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 0.9 + 0.45 * len(bars)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axis = figure.add_subplot()
+    widths = [min(value, WIDEST) for _, value in bars]
+    drawn = axis.barh([label for label, _ in bars], widths, color="tab:blue", height=0.6)
+    axis.bar_label(drawn, labels=[f"{100 * value:.1f}%" for _, value in bars], padding=3, fontsize=8)
+    axis.axvline(1.0, color="0.5", linewidth=1)
+    axis.invert_yaxis()
+    axis.margins(x=0.15)
+    axis.set(xlabel="after / before", title=title)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    return path

@@ -129,8 +129,8 @@ class DistillSection(Section):
     """A teacher, whose distribution the objective is mixed with; see `objectives.distill`."""
 
     teacher: str | None = Field(
-        None, min_length=1, description="run folder, model folder or hub id; 'base': the model itself, without what "
-        "trains. Not opened by training where there is a cache",
+        None, min_length=1, description="run folder, model folder or hub id; a config file, whose run is made first; "
+        "'base': the model itself, without what trains. Not opened by training where there is a cache",
     )  # fmt: skip
     cache: str | None = Field(None, min_length=1, description="folder that `tunejax distill-cache` wrote, instead")
     top_k: int = Field(64, ge=1, description="how many tokens a position `tunejax distill-cache` keeps")

@@ -19,7 +19,7 @@ from tunejax.data import completions
 from tunejax.data import rows as sources
 from tunejax.evaluate import exact_match
 from tunejax.generate import decode, sampling
-from tunejax.recipes import artefact, folder, rows, runtime, samples
+from tunejax.recipes import artefact, folder, rows, runtime, samples, teacher
 from tunejax.train import progress
 
 SIZE = 32
@@ -108,7 +108,7 @@ def _check(config: schema.Config, output: Path, count: int) -> str:
         )
     if output.exists():
         raise errors.ConfigError(f"{output} is there already: name another file")
-    return section.teacher
+    return teacher.place(section.teacher)
 
 
 def _writes(tuned: artefact.Tuned) -> bool:

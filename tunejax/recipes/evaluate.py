@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import optax
 
 from tunejax.config import load, schema
-from tunejax.core import errors
-from tunejax.recipes import artefact, folder, rows, runtime, samples, settings
+from tunejax.core import errors, paths
+from tunejax.recipes import artefact, assemble, folder, rows, runtime, samples, settings
 from tunejax.train import state, step
 
 
@@ -27,27 +27,29 @@ def main(args: argparse.Namespace) -> None:
     else:
         config = load.load(args.run, args.overrides)
         tuned = artefact.open_base(config, count_labels(config))
-    found = scores(tuned)
+    found = scores(tuned.parts, tuned.base, tuned.train, tuned.state)
     print(json.dumps(found, indent=2))
     if args.output:
         folder.write_json(Path(args.output), found)
 
 
-def scores(tuned: artefact.Tuned) -> dict[str, Any]:
-    """The scores of an opened model on data.eval_path. Raises ConfigError where the config has none."""
-    config, parts = tuned.parts.config, tuned.parts
+def scores(parts: assemble.Parts, base: paths.Params, train: Any = None, method_state: Any = None) -> dict[str, Any]:
+    """The scores of an opened model on data.eval_path, and "rows", how many. Raises ConfigError where there are none.
+
+    train, method_state: of the parts' method; empty unless given.
+    """
+    config = parts.config
     if not config.data.eval_path:
         raise errors.ConfigError("no rows to evaluate on: set data.eval_path")
     held_out = rows.read_held_out(config, parts.tokenizer, parts.model_config.kind, parts.prompt)
     sizes = settings.batches(config, parts.mesh)
     one = step.make_step(parts.model, parts.method, parts.objective, optax.identity(), mesh=parts.mesh)
-    now = state.TrainState(
-        jnp.zeros((), jnp.int32), tuned.train, tuned.state, (), jax.random.key(0), jnp.zeros(2, jnp.int32)
-    )
+    own = (train or {}, method_state or {})
+    now = state.TrainState(jnp.zeros((), jnp.int32), *own, (), jax.random.key(0), jnp.zeros(2, jnp.int32))
     batches = rows.evaluation_batches(config, held_out, sizes, parts.tokenizer)
     judge = samples.Judge(parts, one, held_out, batches)
     with tempfile.TemporaryDirectory() as scratch:
-        return {**judge(now, tuned.base, Path(scratch), "now"), "rows": len(held_out.held_out or ())}
+        return {**judge(now, base, Path(scratch), "now"), "rows": len(held_out.held_out or ())}
 
 
 def count_labels(config: schema.Config) -> int | None:

@@ -1,96 +1,167 @@
-"""`tunejax shrink RUN OUTPUT`: the smaller model that a run's masks leave, for transformers, with what it saves."""
+"""`tunejax shrink RUN|CONFIG OUTPUT`: the smaller model that a run's masks leave, for transformers, with what it saves.
+
+Of a config the run is made first, or gone on with. The output appears as a whole, so a command that was stopped is the
+same command again; where it has finished, it says so.
+"""
 
 import argparse
-import statistics
-import time
+import hashlib
+import json
+import shutil
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tunejax.core import errors, masked, paths
-from tunejax.core.model import full_batch
+from tunejax.config import load, schema
+from tunejax.core import errors, masked, method
 from tunejax.interop import hf
-from tunejax.models import build, cost, cut
-from tunejax.models.config import ModelConfig
-from tunejax.recipes import artefact, folder, runtime
+from tunejax.models import cut
+from tunejax.recipes import artefact, assemble, before_after, folder, latency, runtime, search, train
 
-REPEATS = 10
-"""Forward passes of which the median is the latency."""
+RECORD = "shrink.json"
+SEARCHED = ("parameters", "flops", "metric", "evaluations", "seed")
+"""Options of the search among a supernet's sizes."""
 
 
-def main(args: argparse.Namespace) -> None:
-    """Cuts, compares with the masked model, writes, and prints what there was before and what is left.
+def main(args: argparse.Namespace) -> int:
+    """Trains where a config is named; then cuts, measures and writes. 1 where the run misses its ``expected``.
 
     Raises:
-      ConfigError: the output folder holds something, the run masks nothing, or the family cannot say the sizes.
+      ConfigError: the output folder holds something else, the run masks nothing, or the family cannot say the sizes.
       NotLinear: an operator has no plain kernel.
     """
-    output = folder.new(args.output)
+    output, code = Path(args.output), 0
+    asked_for(args)
+    if Path(args.run).is_file():
+        config = load.load(args.run, args.overrides)
+        args.run, args.overrides = config.output_dir, []
+        written(output, command(args))
+        config = latency.resolved(config)
+        check(config)
+        summary = train.run(config)
+        if train.was_stopped(summary):
+            return 0
+        code = int(train.told_missed(config, summary))
+    asked = {**command(args), "config": digest(args.run)}
+    found = written(output, asked)
+    if found is None:
+        found = make(args, output, asked)
+    else:
+        print(f"{output} is finished; this is what it says")
+    if found["search"] is not None:
+        print(search.table(found["search"]) + "\n")
+    print(before_after.table(found))
+    print(f"logits differ from the masked model's by at most {found['difference']:.1e}")
+    print(f"{output}: {found['name']} shrunk by {found['method']}")
+    return code
+
+
+def command(args: argparse.Namespace) -> dict[str, Any]:
+    """What of the command decides what comes out."""
+    names = ("run", "overrides", "dtype", "batch", "length", *SEARCHED)
+    return {name: getattr(args, name) for name in names}
+
+
+def asked_for(args: argparse.Namespace) -> search.Asked | None:
+    """What is searched for among the sizes of a supernet; None where the run has its size."""
+    by = [name for name in ("parameters", "flops") if getattr(args, name) is not None]
+    if not by:
+        return None
+    most = getattr(args, by[0])
+    if len(by) > 1 or not 0 < most <= 1 or args.evaluations < 1:
+        raise errors.ConfigError("give --parameters or --flops, a part in (0, 1], and at least 1 of --evaluations")
+    return search.Asked(by[0], most, args.metric, args.evaluations, args.seed, args.length)
+
+
+def digest(run: str) -> str:
+    """Of the config of a run, so that an output of another run in the same folder is told apart."""
+    if not (Path(run) / "config.yaml").is_file() and artefact.is_run(run):
+        return ""
+    text = (folder.find(run) / "config.yaml").read_bytes()
+    return hashlib.blake2b(text, digest_size=8).hexdigest()
+
+
+def written(output: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
+    """What a finished command has left in ``output``; None where there is nothing yet.
+
+    Raises:
+      ConfigError: it holds something else, or what another command left.
+    """
+    if not (output / RECORD).is_file():
+        folder.new(str(output))
+        return None
+    found = json.loads((output / RECORD).read_text(encoding="utf-8"))
+    before = found.get("command", {})
+    changed = [f"{k}: {before.get(k)!r} there, {v!r} now" for k, v in asked.items() if before.get(k) != v]
+    if changed:
+        raise errors.ConfigError(
+            f"output {output} was left by another command ({'; '.join(changed)}); name a new folder"
+        )
+    return found
+
+
+def check(config: schema.Config) -> None:
+    """Raises ConfigError where the run of a config would leave nothing to cut; no weights are read."""
+    if config.many:
+        raise errors.ConfigError("many: tunejax shrink cuts one run; train them, then name a member's folder")
     runtime.begin()
+    parts = assemble.parts(config, assemble.opened(config))
+
+    def bound(key: Any) -> Any:
+        params = parts.model.init(key)
+        start = parts.method.init(key, params)
+        base = method.apply_edits(params, start.edits)
+        return parts.method.bind(base, start.train, start.state, method.Context())
+
+    if not masked.any_stands(jax.eval_shape(bound, jax.random.key(0))):
+        raise errors.ConfigError(nothing(config.output_dir, parts))
+
+
+def nothing(run: str, parts: assemble.Parts) -> str:
+    """What a run is told that masks no units."""
+    return f"{run} masks nothing: its method is {parts.method.name}; chain shrink after it, or use tunejax export"
+
+
+def make(args: argparse.Namespace, output: Path, asked: dict[str, Any]) -> dict[str, Any]:
+    """Cuts the run, compares with the masked model, and writes checkpoint, report and picture; returns the report."""
+    runtime.begin()
+    wanted = asked_for(args)
     tuned = artefact.open_run(args.run, args.overrides)
     parts, config = tuned.parts, tuned.parts.model_config
     head, dtype = parts.config.model.head or "lm", jnp.dtype(parts.config.model.dtype)
-    bound = tuned.params
+    bound, found = (tuned.params, None) if wanted is None else search.run(tuned, args.run, wanted)
     masks = cut.masks(bound, config)
     if not masks:
-        raise errors.ConfigError(
-            f"{args.run} masks nothing: its method is {parts.method.name}; chain shrink after it, or use tunejax export"
-        )
+        raise errors.ConfigError(nothing(args.run, parts))
     whole = cut.bare(bound)
     small, smaller = cut.cut(whole, masks, config, masked.scores(tuned.state))
     cut.check(smaller, head)
 
-    batch = _batch(config, args)
-    expected, _ = _logits(parts.model, bound, batch)
-    before, after = (_measured(c, p, head, dtype, batch) for c, p in ((config, whole), (smaller, small)))
-    off = float(np.abs(np.asarray(after.pop("logits") - expected, np.float32)).max())
-    before.pop("logits")
-    hf.save(output, small, smaller, head=head, dtype=args.dtype, tokenizer_from=artefact.tokenizer_folder(parts))
-    kept = {name: f"{int(mask[0].sum())} of {mask.shape[1]}" for name, mask in masks.items()}
-    folder.write_json(output / "shrink.json", {"before": before, "after": after, "kept": kept, "difference": off})
-    print("\n".join(_table(before, after, kept)))
-    print(f"logits differ from the masked model's by at most {off:.1e} ({dtype.name})")
-    print(f"{output}: {parts.name} shrunk by {parts.method.name}")
-
-
-def _batch(config: ModelConfig, args: argparse.Namespace) -> dict[str, jax.Array]:
-    """Rows of random tokens."""
-    if args.batch < 1 or not 1 <= args.length <= config.max_positions:
-        raise errors.ConfigError(
-            f"--batch {args.batch} --length {args.length}: at least one row of 1 to {config.max_positions} tokens"
-        )
-    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (args.batch, args.length))
-    return full_batch(jnp.asarray(tokens, jnp.int32))
-
-
-def _logits(model: Any, params: paths.Params, batch: Any) -> tuple[jax.Array, float]:
-    """Logits of a batch, and the median milliseconds that they take once compiled."""
-    run = jax.jit(lambda p, b: model.logits(model.head(p), model.hidden(p, b)[0]))
-    out, times = jax.block_until_ready(run(params, batch)), []
-    for _ in range(REPEATS):
-        start = time.perf_counter()
-        jax.block_until_ready(run(params, batch))
-        times.append(1000 * (time.perf_counter() - start))
-    return out, statistics.median(times)
-
-
-def _measured(config: ModelConfig, params: paths.Params, head: str, dtype: Any, batch: Any) -> dict[str, Any]:
-    cuts = tuple(s.start for s in paths.segments(params))
-    logits, latency = _logits(build.build(config, head=head, cuts=cuts, dtype=dtype), params, batch)
-    return {
-        "parameters": cost.parameters(config, head),
-        "flops_per_token": cost.forward_flops(config, head, batch["tokens"].shape[1]),
-        "latency_ms": latency,
-        "logits": logits,
+    batch = before_after.random_batch(config, args.batch, args.length)
+    expected, _ = before_after.logits(parts.model, bound, batch)
+    before, _ = before_after.measured(config, whole, head, dtype, batch)
+    after, said = before_after.measured(smaller, small, head, dtype, batch)
+    half = output.with_name(f".{output.name}.part")
+    shutil.rmtree(half, ignore_errors=True)
+    hf.save(half, small, smaller, head=head, dtype=args.dtype, tokenizer_from=artefact.tokenizer_folder(parts))
+    report = {
+        "command": asked,
+        "run": args.run,
+        "name": parts.name,
+        "method": parts.method.name,
+        "before": before,
+        "after": after,
+        "kept": {name: f"{int(mask[0].sum())} of {mask.shape[1]}" for name, mask in masks.items()},
+        "difference": float(np.abs(np.asarray(said - expected, np.float32)).max()),
+        "quality": before_after.quality(tuned, bound, half),
+        "search": found,
     }
-
-
-def _table(before: dict[str, Any], after: dict[str, Any], kept: dict[str, str]) -> list[str]:
-    """The table in plain text, right-aligned."""
-    lines = [f"{'':<16}{'before':>14}{'after':>14}{'ratio':>8}"]
-    for name, old in before.items():
-        form = ".3f" if isinstance(old, float) else ","
-        lines.append(f"{name:<16}{old:>14{form}}{after[name]:>14{form}}{after[name] / old:>8.3f}")
-    return [*lines, *(f"{name:<16}{count:>14}" for name, count in kept.items())]
+    if found is not None:
+        search.picture(found, half / "pareto.png")
+    before_after.picture(report, half / "shrink.png")
+    folder.write_json(half / RECORD, report)
+    half.replace(output)
+    return report

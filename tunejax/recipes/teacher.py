@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from tunejax.config import load, locate, schema
 from tunejax.core import errors, paths
 from tunejax.core.model import Batch, Model
 from tunejax.core.paths import Params
@@ -42,6 +43,32 @@ class Taught(NamedTuple):
     def with_method(self, parts: assemble.Parts) -> assemble.Parts:
         """``parts`` whose method also trains what the terms need."""
         return parts._replace(method=features.beside(parts.method, self.sizes))
+
+
+def config_of(config: schema.Config) -> schema.Config | None:
+    """The config that ``distill.teacher`` names, whose run is the teacher; None where it names something else.
+
+    Raises:
+      ConfigError: no such file, a mistake in it, or a config that teaches itself, be it over others.
+    """
+    first: schema.Config | None = None
+    seen, one = [config.output_dir], config
+    while one.distill is not None and one.distill.cache is None and _names_config(one.distill.teacher):
+        one = load.load(locate.locate(str(one.distill.teacher)))
+        if one.output_dir in seen:
+            raise errors.ConfigError(f"distill.teacher: the run {one.output_dir} would teach itself")
+        seen.append(one.output_dir)
+        first = first or one
+    return first
+
+
+def place(text: str) -> str:
+    """Where the teacher lies that ``distill.teacher`` names: of a config, its run folder."""
+    return load.load(locate.locate(text)).output_dir if _names_config(text) else text
+
+
+def _names_config(text: str | None) -> bool:
+    return text is not None and text.endswith((".yaml", ".yml"))
 
 
 def find(parts: assemble.Parts, read: Beside | None) -> Taught:
@@ -121,7 +148,7 @@ def _aligned(parts: assemble.Parts, rows: Corpus) -> align.Aligned | None:
     assert section is not None
     if section.divergence != "uld" or section.teacher in (None, ITSELF):
         return None
-    theirs, shape = artefact.reader(str(section.teacher))
+    theirs, shape = artefact.reader(place(str(section.teacher)))
     if tokenizer_digest(theirs) == tokenizer_digest(parts.tokenizer):
         return None
     refused = {"data.packing": data.packing, **{f"distill.{n}": getattr(section, n) for n in ALIKE}}
@@ -224,7 +251,7 @@ def opened(parts: assemble.Parts, aligned: bool = False) -> tuple[tuple[Model, P
     section = parts.config.distill
     assert section is not None
     assert section.teacher is not None
-    name, head = section.teacher, parts.config.model.head or "lm"
+    name, head = place(section.teacher), parts.config.model.head or "lm"
     if artefact.is_run(name):
         tuned = artefact.open_run(name, [f"mesh.{axis}={size}" for axis, size in parts.mesh.shape.items()])
         theirs = tuned.parts.config.model.head or "lm"

@@ -14,26 +14,37 @@ from tunejax.config import load, schema
 from tunejax.core import digest, errors, method, paths, table
 from tunejax.methods import report
 from tunejax.objectives import features
-from tunejax.recipes import adapter, assemble, folder, rows, runtime, samples, settings, teacher
+from tunejax.recipes import adapter, assemble, folder, latency, rows, runtime, samples, settings, teacher
 from tunejax.train import checkpoint, loop, metrics, on_policy, sharding, state, step
 
 
 def main(args: argparse.Namespace) -> int:
     """Runs the config; 0, or 1 where the result is not what its ``expected`` says."""
     config = load.load(args.config, args.overrides)
-    summary = run(config)
+    return 1 if told_missed(config, run(config)) else 0
+
+
+def told_missed(config: schema.Config, summary: dict[str, Any]) -> bool:
+    """Whether the result is not what ``expected`` says; prints where it is not."""
     missed = [line for one in summary.get("members", [summary]) for line in check_expected(config, one)]
     for line in missed:
         print(f"tunejax: {line}", file=sys.stderr)
-    return 1 if missed else 0
+    return bool(missed)
 
 
 def run(config: schema.Config) -> dict[str, Any]:
     """Tunes the model, or goes on where a killed run of the same config stopped; returns what summary.json holds.
 
+    Where ``distill.teacher`` is a config, its run is made, or gone on with, before. What a method is to be fast as is
+    measured when the run begins (`recipes.latency`).
+
     Raises:
       TunejaxError: what does not fit in config, rows, checkpoint or targets; then nothing has been written.
     """
+    config = latency.resolved(config)
+    stopped = teacher_first(config)
+    if stopped:
+        return stopped
     if config.many:
         from tunejax.recipes import many
 
@@ -120,6 +131,23 @@ def run(config: schema.Config) -> dict[str, Any]:
         return summary
     conclude(out, tuned, start_scores, end_scores, summary)
     return summary
+
+
+def teacher_first(config: schema.Config) -> dict[str, Any]:
+    """Makes the run of the config that ``distill.teacher`` names, if it does; what it says where it was stopped."""
+    theirs = teacher.config_of(config)
+    if theirs is None or (folder.claim(config) / "summary.json").is_file():
+        return {}
+    assemble.opened(config)  # a mistake of the student's shows before its teacher trains
+    print(f"first the teacher, {theirs.output_dir}")
+    summary = run(theirs)
+    told_missed(theirs, summary)
+    return summary if was_stopped(summary) else {}
+
+
+def was_stopped(summary: dict[str, Any]) -> bool:
+    """Whether the run was told to stop, and goes on when it is started again."""
+    return str(summary.get("stopped", "")).startswith("SIG")
 
 
 def training_step(parts: assemble.Parts, optimizer: Any, sizes: settings.Batches) -> step.Step:

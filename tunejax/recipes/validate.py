@@ -9,12 +9,12 @@ from tunejax.config import load, locate
 from tunejax.core import errors, method, table
 from tunejax.interop import tensors
 from tunejax.methods import report
-from tunejax.recipes import assemble, folder, members, runtime, settings
+from tunejax.recipes import assemble, folder, latency, members, runtime, settings
 
 
 def main(args: argparse.Namespace) -> None:
     """Checks config, run folder, files, model headers and targets; prints the target report and the parameter table."""
-    config = load.load(args.config, args.overrides)
+    config = latency.resolved(load.load(args.config, args.overrides))
     folder.claim(config)
     check_files(config)
     runtime.begin()
