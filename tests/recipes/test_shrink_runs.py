@@ -220,6 +220,8 @@ def test_the_best_mixture_for_a_budget(world, tmp_path, capsys, monkeypatch):
     sized = artefact.open_run(str(out), [f"method.1.size={json.dumps(best['sizes'])}"])
     scores = evaluate.scores(sized.parts, sized.base, sized.train, sized.state)
     np.testing.assert_allclose([scores["loss"], numbers["quality"]["cut"]["loss"]], best["scores"]["loss"], rtol=1e-5)
+    largest = next(r["scores"] for r in tried if r["kept"] == {"heads": 2, "mlp": 24})
+    np.testing.assert_allclose(numbers["quality"]["whole"]["loss"], largest["loss"], rtol=1e-5)
     front = numbers["search"]["front"]
     assert all(a["left"] < b["left"] and a["quality"] > b["quality"] for a, b in itertools.pairwise(front))
     assert said.count("<- chosen") == 1
@@ -297,6 +299,11 @@ def test_what_cannot_be_shrunk(world, tmp_path, capsys):
     assert not (tmp_path / "new").exists()
     assert cli.main(["shrink", str(world / "run"), str(tmp_path / "none"), "--flops", "0.5"]) == 2
     assert "offers no sizes to choose from" in capsys.readouterr().err
+    other = tmp_path / "other.yaml"
+    other.write_text((world / "my.yaml").read_text().replace(f"{world / 'run'}", "nowhere/run"))
+    section = f"distill={{teacher: {other}, cache: {tmp_path / 'cache'}}}"
+    assert cli.main(["distill-cache", str(world / "my.yaml"), section, f"output_dir={tmp_path / 'new'}"]) == 2
+    assert "the run nowhere/run is not there yet: tunejax train" in capsys.readouterr().err
     itself = tmp_path / "itself.yaml"
     raw = yaml.safe_load((world / "my.yaml").read_text())
     itself.write_text(yaml.safe_dump({**raw, "distill": {"teacher": str(itself)}}))

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tunejax import plots
-from tunejax.core import errors, paths
+from tunejax.core import errors, masked, paths
 from tunejax.core.model import Model, full_batch
 from tunejax.models import build, cost
 from tunejax.models.config import ModelConfig
@@ -61,7 +61,8 @@ def measured(
 def quality(tuned: artefact.Tuned, bound: paths.Params, checkpoint: Path) -> dict[str, Any]:
     """The scores on data.eval_path of the whole network, of the masked one, and of the checkpoint that was cut.
 
-    The whole network is the run's teacher; without one that can be asked, the base, untuned.
+    The whole network is the run's teacher; without one that can be asked, the largest size of a run that offers
+    several, and else the base, untuned.
 
     Args:
       tuned: the run.
@@ -75,7 +76,7 @@ def quality(tuned: artefact.Tuned, bound: paths.Params, checkpoint: Path) -> dic
     parts = tuned.parts
     if not parts.config.data.eval_path:
         return {}
-    name, model, params = _whole(tuned)
+    name, model, params = _whole(tuned, bound)
     found = {
         "whole": scores(parts, model, params),
         "masked": scores(parts, parts.model, bound),
@@ -99,17 +100,19 @@ def cut_scores(parts: assemble.Parts, checkpoint: Path) -> dict[str, Any]:
     return evaluate.scores(own, assemble.load(own).params)
 
 
-def _whole(tuned: artefact.Tuned) -> tuple[str, Model, paths.Params]:
+def _whole(tuned: artefact.Tuned, bound: paths.Params) -> tuple[str, Model, paths.Params]:
     """(what it is called, model, parameters)."""
     parts, section = tuned.parts, tuned.parts.config.distill
     base = (f"{parts.name}, untuned", parts.model, tuned.loaded.params)
+    if masked.counts(tuned.state):
+        base = ("the run's largest size", parts.model, masked.taken_off(bound))
     # A teacher that reads by another tokenizer has no score on these rows.
     if section is None or section.teacher in (None, teacher.ITSELF) or section.divergence == "uld":
         return base
     try:
         (model, params), _ = teacher.opened(parts)
     except errors.TunejaxError as e:
-        print(f"warning: the whole network is the untuned one, as the teacher cannot be opened: {e}")
+        print(f"warning: the whole network is {base[0]}, as the teacher cannot be opened: {e}")
         return base
     return f"{teacher.place(str(section.teacher))}, the teacher", model, params
 
@@ -123,9 +126,9 @@ def table(report: Mapping[str, Any]) -> str:
     if found:
         lines += ["", f"{'quality':<16}{'whole':>14}{'masked':>14}{'cut':>14}{'of whole':>9}"]
         for name, old in found["whole"].items():
-            masked, cut = found["masked"].get(name), found["cut"].get(name)
+            before_cut, cut = found["masked"].get(name), found["cut"].get(name)
             share = _ratio(old, cut)
-            lines.append(_line(name, old, masked, cut, None if share is None else 100 * share, "%"))
+            lines.append(_line(name, old, before_cut, cut, None if share is None else 100 * share, "%"))
         lines.append(f"on {found['rows']} held-out rows; whole: {found['of']}")
     return "\n".join([*lines, "", *(f"{name:<16}{count:>14} kept" for name, count in kept.items())])
 
@@ -151,4 +154,4 @@ def picture(report: Mapping[str, Any], path: Path) -> None:
     found = report["quality"]
     bars += [(name, old, found["cut"].get(name)) for name, old in found.get("whole", {}).items()]
     shares = [(f"{n}: {_number(a)} to {_number(b)}", r) for n, a, b in bars if (r := _ratio(a, b)) is not None]
-    plots.shares(shares, path, title=f"{report['run']}: what is left of the whole")
+    plots.shares(shares, path, title=f"{report['name']}, {report['method']}")

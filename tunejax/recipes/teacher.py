@@ -63,8 +63,17 @@ def config_of(config: schema.Config) -> schema.Config | None:
 
 
 def place(text: str) -> str:
-    """Where the teacher lies that ``distill.teacher`` names: of a config, its run folder."""
-    return load.load(locate.locate(text)).output_dir if _names_config(text) else text
+    """Where the teacher lies that ``distill.teacher`` names: of a config, its run folder.
+
+    Raises:
+      ConfigError: there is no such run yet.
+    """
+    if not _names_config(text):
+        return text
+    run = load.load(locate.locate(text)).output_dir
+    if not artefact.is_run(run):
+        raise errors.ConfigError(f"distill.teacher: the run {run} is not there yet: tunejax train {text}")
+    return run
 
 
 def _names_config(text: str | None) -> bool:
