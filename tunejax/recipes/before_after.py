@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,29 +33,35 @@ def random_batch(config: ModelConfig, rows: int, length: int) -> dict[str, jax.A
     return full_batch(jnp.asarray(tokens, jnp.int32))
 
 
-def logits(model: Model, params: paths.Params, batch: Any) -> tuple[jax.Array, float]:
-    """Logits of a batch, and the median milliseconds that they take once compiled."""
-    run = jax.jit(lambda p, b: model.logits(model.head(p), model.hidden(p, b)[0]))
-    out, times = jax.block_until_ready(run(params, batch)), []
+def logits(models: Sequence[tuple[Model, paths.Params]], batch: Any) -> list[tuple[jax.Array, float]]:
+    """Logits of a batch by each model, and the median milliseconds that they take once compiled.
+
+    The models take turns, so that what else the machine does slows all of them alike.
+    """
+    runs = [(jax.jit(lambda p, b, m=m: m.logits(m.head(p), m.hidden(p, b)[0])), params) for m, params in models]
+    outs: list[jax.Array] = [jax.block_until_ready(run(params, batch)) for run, params in runs]
+    times: list[list[float]] = [[] for _ in runs]
     for _ in range(REPEATS):
-        start = time.perf_counter()
-        jax.block_until_ready(run(params, batch))
-        times.append(1000 * (time.perf_counter() - start))
-    return out, statistics.median(times)
+        for (run, params), own in zip(runs, times, strict=True):
+            start = time.perf_counter()
+            jax.block_until_ready(run(params, batch))
+            own.append(1000 * (time.perf_counter() - start))
+    return [(out, statistics.median(own)) for out, own in zip(outs, times, strict=True)]
 
 
-def measured(
-    config: ModelConfig, params: paths.Params, head: str, dtype: Any, batch: Any
-) -> tuple[dict[str, Any], jax.Array]:
-    """({"parameters", "flops_per_token", "latency_ms"} of a model, its logits of the batch)."""
+def built(config: ModelConfig, params: paths.Params, head: str, dtype: Any) -> tuple[Model, paths.Params]:
+    """The model of parameters, in the segments that they have, and they."""
     cuts = tuple(s.start for s in paths.segments(params))
-    out, latency = logits(build.build(config, head=head, cuts=cuts, dtype=dtype), params, batch)
-    length = batch["tokens"].shape[1]
+    return build.build(config, head=head, cuts=cuts, dtype=dtype), params
+
+
+def sizes(config: ModelConfig, head: str, length: int, latency: float) -> dict[str, Any]:
+    """What a model costs, in rows of ``length`` tokens. latency: in milliseconds, see `logits`."""
     return {
         "parameters": cost.parameters(config, head),
         "flops_per_token": cost.forward_flops(config, head, length),
         "latency_ms": latency,
-    }, out
+    }
 
 
 def quality(tuned: artefact.Tuned, bound: paths.Params, checkpoint: Path) -> dict[str, Any]:

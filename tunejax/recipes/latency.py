@@ -4,6 +4,7 @@ A method is a pure function of parameters, so it cannot measure. A method's argu
 ``keep`` therefore becomes parts in ``keep`` here; the run's config.yaml has both, and a resumed run measures nothing.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,18 +74,19 @@ def _measured(config: schema.Config, spec: dict[str, Any]) -> dict[str, Any]:
         return {k: gradual.fitting(c, allowed) if k == "heads" else c for k, c in wanted.items()}
 
     length = min(spec.get("length", LENGTH), shape.max_positions)
-    times = [milliseconds(cut.smaller(shape, kept(p)), head, dtype, length) for p in PARTS]
+    times = milliseconds([cut.smaller(shape, kept(p)) for p in PARTS], head, dtype, length)
     part = largest(PARTS, [t / times[0] for t in times], spec["latency"])
     keep = {name: count / sizes[name] for name, count in kept(part).items()}
     print(f"latency of {', '.join(f'{p:g}: {t:.3f} ms' for p, t in zip(PARTS, times, strict=True))}; keep: {keep}")
     return {**spec, "keep": keep}
 
 
-def milliseconds(config: ModelConfig, head: str, dtype: Any, length: int) -> float:
-    """Median time of a forward pass of a model of random weights."""
-    model = build.build(config, head=head, dtype=dtype)
-    params = jax.jit(model.init)(jax.random.key(0))
-    return before_after.logits(model, params, before_after.random_batch(config, ROWS, length))[1]
+def milliseconds(configs: Sequence[ModelConfig], head: str, dtype: Any, length: int) -> list[float]:
+    """Median times of a forward pass of models of random weights."""
+    models = [build.build(c, head=head, dtype=dtype) for c in configs]
+    drawn = [(m, jax.jit(m.init)(jax.random.key(0))) for m in models]
+    batch = before_after.random_batch(configs[0], ROWS, length)
+    return [time for _, time in before_after.logits(drawn, batch)]
 
 
 def largest(parts: Any, ratios: Any, budget: float) -> float:

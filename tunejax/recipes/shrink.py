@@ -141,9 +141,9 @@ def make(args: argparse.Namespace, output: Path, asked: dict[str, Any]) -> dict[
     cut.check(smaller, head)
 
     batch = before_after.random_batch(config, args.batch, args.length)
-    expected, _ = before_after.logits(parts.model, bound, batch)
-    before, _ = before_after.measured(config, whole, head, dtype, batch)
-    after, said = before_after.measured(smaller, small, head, dtype, batch)
+    models = [before_after.built(c, p, head, dtype) for c, p in ((config, whole), (smaller, small))]
+    (_, slow), (said, fast) = before_after.logits(models, batch)
+    [(expected, _)] = before_after.logits([(parts.model, bound)], batch)
     half = output.with_name(f".{output.name}.part")
     shutil.rmtree(half, ignore_errors=True)
     hf.save(half, small, smaller, head=head, dtype=args.dtype, tokenizer_from=artefact.tokenizer_folder(parts))
@@ -152,8 +152,8 @@ def make(args: argparse.Namespace, output: Path, asked: dict[str, Any]) -> dict[
         "run": args.run,
         "name": parts.name,
         "method": parts.method.name,
-        "before": before,
-        "after": after,
+        "before": before_after.sizes(config, head, args.length, slow),
+        "after": before_after.sizes(smaller, head, args.length, fast),
         "kept": {name: f"{int(mask[0].sum())} of {mask.shape[1]}" for name, mask in masks.items()},
         "difference": float(np.abs(np.asarray(said - expected, np.float32)).max()),
         "quality": before_after.quality(tuned, bound, half),
