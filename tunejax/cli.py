@@ -59,17 +59,17 @@ def parser() -> argparse.ArgumentParser:
         "--rows", type=int, default=5, help="how many rows to show (default 5)"
     )
     evaluate = verb("evaluate", "loss, perplexity and accuracy of a run, or of a config's base model")
-    evaluate.add_argument("run", help="run folder, HF PEFT adapter, or a config (its base model, untuned)")
+    evaluate.add_argument("run", help="run folder, adapter folder, or a config (its base model, untuned)")
     evaluate.add_argument("overrides", nargs="*", metavar="key=value", help="override a key of its config")
     evaluate.add_argument("--output", help="also write the numbers to this JSON file")
     _generate(verb("generate", "stream text from a model folder, a hub id or a run folder"))
     export = verb("export", "write the tuned model as one that transformers loads")
-    export.add_argument("run", help="run folder, or an adapter folder of HF PEFT")
+    export.add_argument("run", help="run folder, or an adapter folder of HF PEFT or AdapterHub")
     export.add_argument(
         "--format",
         default="hf",
-        choices=["hf", "peft"],
-        help="hf: merged weights; peft: the adapter alone",
+        choices=["hf", "peft", "adapterhub"],
+        help="hf: merged weights; peft, adapterhub: the adapter alone, for that library",
     )
     export.add_argument("--output", required=True, help="folder to write; must not exist or be empty")
     export.add_argument(

@@ -13,6 +13,7 @@ from safetensors import numpy as safetensors
 from tunejax.core import errors
 from tunejax.core.method import Context, apply_edits
 from tunejax.core.model import full_batch
+from tunejax.interop import found as found_lib
 from tunejax.interop import hf, peft_read
 from tunejax.interop import peft as ours
 from tunejax.methods import registry
@@ -98,7 +99,7 @@ def read(folder, base_folder, head):
     found, method, train, shapes = read_arrays(folder, base_folder, head)
     cuts = method.cuts(config.num_layers)
     params = loaded(base_folder, head, cuts)
-    state = peft_read.state_of(found, method, jax.jit(lambda p: method.init(jax.random.key(0), p).state)(params))
+    state = found_lib.state_of(found, method, jax.jit(lambda p: method.init(jax.random.key(0), p).state)(params))
     params = apply_edits(params, shapes.edits)
     return our_logits(config, head, cuts, method.bind(params, train, state, Context())), found, by_site(method, train)
 
@@ -110,7 +111,7 @@ def read_arrays(folder, base_folder, head):
     method = registry.build(found.specs)
     cuts = method.cuts(config.num_layers)
     shapes = jax.eval_shape(method.init, jax.random.key(0), loaded(base_folder, head, cuts))
-    train = peft_read.trained(found, method, shapes.train, cuts)
+    train = found_lib.trained(found, method, shapes.train, cuts)
     assert jax.tree.map(jnp.shape, train) == jax.tree.map(jnp.shape, shapes.train)
     return found, method, train, shapes
 

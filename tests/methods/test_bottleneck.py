@@ -11,7 +11,8 @@ from branches import DOWN, OUT, noisy
 from tunejax.core import bottleneck, errors, paths
 from tunejax.core import method as methods
 from tunejax.core.method import Context
-from tunejax.methods import adapter, bitfit, norms
+from tunejax.methods import adapter, bitfit, gated, norms
+from tunejax.models import cut
 
 KEY = jax.random.key(0)
 RUN = {"relu": lambda x: np.maximum(x, 0), "tanh": np.tanh, "silu": lambda x: x / (1 + np.exp(-x))}
@@ -38,6 +39,42 @@ def test_the_formula(config, head):
     one = branches.of(m, only.bind(p, {DOWN: train[DOWN]}, {}, Context()))
     second = by_hand(plain["mlp"][0], train[DOWN], 0, "tanh", 0.5)
     np.testing.assert_allclose(one["mlp"][0], second, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("reads", ["sum", "residual"])
+@pytest.mark.parametrize(("config", "head"), CASES)
+def test_what_acts_where_the_mlp_joins(config, head, reads):
+    m, p = tiny.model(config, head), tiny.params(config, head)
+    method = adapter.pfeiffer(width=5, activation="tanh", scale=0.5, reads=reads)
+    train = noisy(method.init(KEY, p).train)
+    plain, both = branches.of(m, p), branches.of(m, method.bind(p, train, {}, Context()))
+    x, after = branches.entrance(p, config) + plain["attention"][0], config.kind == "encoder"
+    x = branches.block_norm(p, config, "attention", x) if after else x
+    h = {"sum": plain["hidden"][0], "residual": x}[reads]  # the sum as the block without it gives it
+    total = x + plain["mlp"][0] + by_hand(h, train[DOWN], 0, "tanh", 0.5) - h
+    expected = branches.block_norm(p, config, "mlp", total) if after else total
+    seen = tiny.batch()["segment_ids"] > 0
+    np.testing.assert_allclose(both["hidden"][0][seen], expected[seen], rtol=1e-5, atol=1e-5)
+
+
+def test_two_where_attention_joins():
+    """The second reads the sum with what the first adds; a closed gate takes both away."""
+    m, p = tiny.model(), tiny.params()
+    both = [adapter.pfeiffer("attention/o/kernel", width=w, activation="tanh", reads="sum") for w in (5, 3)]
+    method = methods.chain(*both)
+    train = noisy(method.init(KEY, p).train)
+    bound = method.bind(p, train, method.init(KEY, p).state, Context())
+    plain, found = branches.of(m, p), branches.of(m, bound)
+    total = branches.entrance(p, tiny.LLAMA) + plain["attention"][0]
+    for part in train.values():
+        total = by_hand(total, part[OUT], 0, "tanh", 1.0)
+    np.testing.assert_allclose(found["hidden"][0], total + found["mlp"][0], rtol=1e-5, atol=1e-5)
+    closed = paths.replace(bound, {"layers/0/gate": jnp.zeros(3)})
+    np.testing.assert_allclose(branches.of(m, closed)["hidden"][-1], branches.entrance(p, tiny.LLAMA), atol=1e-6)
+    with pytest.raises(errors.NotLinear, match="attention/join"):
+        method.merge(p, train, method.init(KEY, p).state)
+    with pytest.raises(errors.ConfigError, match="attention/join"):
+        cut.masks(bound, tiny.LLAMA)
 
 
 @pytest.mark.parametrize("activation", RUN)
@@ -100,6 +137,8 @@ def test_drop_random_skips_the_first_n_layers_of_every_site():
     off = int((~last).sum())
     np.testing.assert_array_equal(plain["hidden"][:off], some["hidden"][:off])
     assert np.abs(plain["hidden"][off] - some["hidden"][off]).max() > 1e-2
+    moved = adapter.houlsby(width=5, drop_random=2, reads="sum").bind(p, train, {}, Context(key=KEY, train=True))
+    assert moved["layers"]["0"]["mlp"]["join"].inner.on.shape == (2,)
     assert all(x.on is None for x in paths.flatten(method.bind(p, train, {}, Context(key=KEY))).values()
                if isinstance(x, bottleneck.Bottleneck))  # fmt: skip
 
@@ -142,11 +181,19 @@ def test_axes():
         ({"reduction_factor": 0}, "positive"),
         ({"drop_first": -1}, "at least 0"),
         ({"drop_first": 1, "layers": "2:"}, "one of them"),
+        ({"reads": "summ"}, "sum"),
     ],
 )
 def test_bad_arguments(bad, says):
     with pytest.raises(errors.ConfigError, match=says):
         adapter.houlsby(**bad)
+
+
+def test_joins_are_where_branches_end():
+    with pytest.raises(errors.TargetError, match="attention/o/kernel or mlp/down/kernel"):
+        adapter.pfeiffer("mlp/up/kernel", reads="sum").init(KEY, tiny.params())
+    with pytest.raises(errors.TargetError, match="nothing to kernels"):
+        gated.gated(adapter.pfeiffer(width=2, reads="sum")).init(KEY, tiny.params())
 
 
 def test_drops_that_leave_nothing():

@@ -45,7 +45,7 @@ def test_the_adapter_in_the_model(rank):
     method = compacter.compacter(width=8, phm_dim=4, rank=rank, activation="tanh", scale=0.5)
     train = noisy(method.init(KEY, p).train)
     plain, both = branches.of(m, p), branches.of(m, method.bind(p, train, {}, Context()))
-    a, site = np.asarray(train["shared"]), {k: np.asarray(x)[0] for k, x in train["sites"][OUT].items()}
+    a, site = np.asarray(train["shared"]["a"]), {k: np.asarray(x)[0] for k, x in train[OUT].items()}
     down, up = (kernel(a, site[f"{w}_s"], site[f"{w}_t"]) for w in ("down", "up"))
     assert (down.shape, up.shape) == ((16, 8), (8, 16))
     h = plain["attention"][0]
@@ -57,9 +57,9 @@ def test_start():
     m, p = tiny.model(), tiny.params()
     method = compacter.compacter(reduction_factor=4, phm_dim=2)
     start = method.init(KEY, p)
-    assert set(start.train["sites"]) == {DOWN, OUT}
-    assert start.train["shared"].shape == (2, 2, 2)
-    assert {k: x.shape for k, x in start.train["sites"][DOWN].items()} == {
+    assert set(start.train) == {DOWN, OUT, "shared"}
+    assert start.train["shared"]["a"].shape == (2, 2, 2)
+    assert {k: x.shape for k, x in start.train[DOWN].items()} == {
         "down_s": (3, 2, 8, 1),
         "down_t": (3, 2, 1, 2),
         "down_bias": (3, 4),
@@ -72,16 +72,16 @@ def test_start():
     with pytest.raises(errors.NotLinear, match=DOWN):
         method.merge(p, start.train, {})
     axes = method.axes(m.axes, start.train)
-    assert axes["shared"] == (None, None, None)
-    assert axes["sites"][DOWN]["up_t"] == ("layers", None, None, None)
-    assert axes["sites"][DOWN]["up_bias"] == ("layers", "embed")
+    assert axes["shared"]["a"] == (None, None, None)
+    assert axes[DOWN]["up_t"] == ("layers", None, None, None)
+    assert axes[DOWN]["up_bias"] == ("layers", "embed")
 
 
 def test_fresh_kernels_have_the_variance_of_one_over_in():
     params = {"w": {"kernel": jnp.ones((7, 512))}}
     train = compacter.compacter("w/kernel", width=256, phm_dim=8, rank=4).init(KEY, params).train
-    site = train["sites"]["w/kernel"]
-    op = compacter.Kronecker(train["shared"], site["down_s"], site["down_t"])
+    site = train["w/kernel"]
+    op = compacter.Kronecker(train["shared"]["a"], site["down_s"], site["down_t"])
     assert abs(np.std(op.dense()) * np.sqrt(512) - 1) < 0.15
 
 

@@ -23,6 +23,7 @@ SPECS = {
     "diff_pruning": {"mask_steps": 1},
     "gated": {"method": {"name": "pfeiffer", "width": 4}, "reads": "output"},
     "lst": {"reduction_factor": 2},
+    "at the join": {"name": "pfeiffer", "width": 4, "reads": "sum"},
 }
 
 

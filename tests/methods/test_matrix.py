@@ -52,7 +52,7 @@ SEARCH = {"fish": 1, "lt_sft": 2, "diff_pruning": 2}
 
 VARIANTS = {
     "random_skips": [{"name": "houlsby", "width": 4, "drop_random": 2}, {"name": "norm_tuning"}],
-    "first_skipped": {"name": "pfeiffer", "width": 8, "drop_first": 1},
+    "first_skipped": {"name": "pfeiffer", "width": 8, "drop_first": 1, "reads": "sum"},
     "lstm": {"name": "p_tuning", "length": 4, "encoder": "lstm", "hidden": 8},
     "projected": {"name": "prefix_tuning", "length": 4, "project": True},
     "nf4": [{"name": "quantize", "kind": "nf4"}, {"name": "dora", "rank": 2, "targets": "mlp/down/kernel"}],

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 import tiny
-from branches import DOWN, noisy
+from branches import DOWN, OUT, noisy
 
 from tunejax.core import errors
 from tunejax.core import method as methods
@@ -25,12 +25,6 @@ def gelu(x):
     return np.vectorize(lambda v: 0.5 * v * (1 + math.erf(v / np.sqrt(2))))(x)
 
 
-def normed(x, scale, bias=None, eps=1e-6):
-    x = x - x.mean(-1, keepdims=True) if bias is not None else x
-    y = x / np.sqrt((x**2).mean(-1, keepdims=True) + eps) * scale
-    return y if bias is None else y + bias
-
-
 def adapter(x, arrays, act, scale):
     a = {k: np.asarray(v)[0] for k, v in arrays.items()}
     return scale * (act(x @ a["down"] + a["down_bias"]) @ a["up"] + a["up_bias"])
@@ -42,8 +36,7 @@ def test_the_formula_beside_a_gated_mlp():
     train = noisy(method.init(KEY, p).train)
     plain, both = branches.of(m, p), branches.of(m, method.bind(p, train, {}, Context()))
     np.testing.assert_array_equal(plain["attention"][0], both["attention"][0])
-    x = np.asarray(p["embed"]["table"])[tiny.batch()["tokens"]] + plain["attention"][0]
-    x = normed(x, np.asarray(p["layers"]["0"]["mlp"]["norm"]["scale"][0]), eps=tiny.LLAMA.norm_eps)
+    x = branches.block_norm(p, tiny.LLAMA, "mlp", branches.entrance(p, tiny.LLAMA) + plain["attention"][0])
     expected = plain["mlp"][0] + adapter(x, train[DOWN], silu, 3.0)
     np.testing.assert_allclose(both["mlp"][0], expected, rtol=1e-5, atol=1e-5)
 
@@ -53,18 +46,9 @@ def test_the_formula_beside_a_plain_mlp_with_biases():
     method = parallel_adapter.parallel_adapter(width=5)
     train = noisy(method.init(KEY, p).train)
     plain, both = branches.of(m, p), branches.of(m, method.bind(p, train, {}, Context()))
-    e = jax.tree.map(np.asarray, {k: p[k] for k in ("embed", "types", "positions", "embed_norm")})
-    batch = tiny.batch()
-    x = (
-        e["embed"]["table"][batch["tokens"]]
-        + e["types"]["table"][0]
-        + e["positions"]["table"][: batch["tokens"].shape[1]]
-    )
-    x = normed(x, e["embed_norm"]["scale"], e["embed_norm"]["bias"], tiny.BERT.norm_eps) + plain["attention"][0]
-    norm = jax.tree.map(lambda v: np.asarray(v[0]), p["layers"]["0"]["attention"]["norm"])
-    x = normed(x, norm["scale"], norm["bias"], tiny.BERT.norm_eps)
+    x = branches.block_norm(p, tiny.BERT, "attention", branches.entrance(p, tiny.BERT) + plain["attention"][0])
     expected = plain["mlp"][0] + adapter(x, train[DOWN], gelu, 4.0)
-    seen = batch["segment_ids"] > 0
+    seen = tiny.batch()["segment_ids"] > 0
     np.testing.assert_allclose(both["mlp"][0][seen], expected[seen], rtol=1e-5, atol=1e-5)
 
 
@@ -92,6 +76,22 @@ def test_other_methods_stand_before_and_after():
         np.testing.assert_allclose(
             tiny.outputs(m, p), tiny.outputs(m, method.bind(p, start.train, start.state, Context())), atol=1e-6
         )
+
+
+def test_what_reads_the_residual_has_an_activation_of_its_own():
+    m, p = tiny.model(), tiny.params()
+    method = parallel_adapter.parallel_adapter(width=5, scale=3.0, reads="residual")
+    train = noisy(method.init(KEY, p).train)
+    plain, both = branches.of(m, p), branches.of(m, method.bind(p, train, {}, Context()))
+    x = branches.entrance(p, tiny.LLAMA) + plain["attention"][0]
+    expected = plain["hidden"][0] + adapter(x, train[DOWN], lambda v: np.maximum(v, 0), 3.0)
+    np.testing.assert_allclose(both["hidden"][0], expected, rtol=1e-5, atol=1e-5)
+    beside = parallel_adapter.parallel_adapter("attention/o/kernel", width=2, reads="residual", activation="tanh")
+    assert set(beside.init(KEY, p).train) == {OUT}
+    for bad, says in (({"activation": "tanh"}, "reads: residual"), ({"reads": "sum"}, "residual"),
+                      ({"reads": "residual", "activation": "tan"}, "tanh")):  # fmt: skip
+        with pytest.raises(errors.ConfigError, match=says):
+            parallel_adapter.parallel_adapter(**bad)
 
 
 def test_layers_and_wrong_targets():

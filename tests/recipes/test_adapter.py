@@ -1,6 +1,7 @@
 """The adapter folder: what was saved comes back, and nothing else is taken for it."""
 
 import json
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import pytest
 from safetensors import numpy as safetensors
 
 from tunejax.core import errors
-from tunejax.recipes import adapter, artefact
+from tunejax.recipes import adapter, artefact, export
 
 BASE = adapter.Base("some/model", "a" * 64)
 
@@ -90,3 +91,15 @@ def test_an_adapter_of_peft_without_a_base_says_so(tmp_path):
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
     with pytest.raises(errors.CheckpointError, match="base_model_name_or_path"):
         artefact.open_run(str(tmp_path))
+
+
+@pytest.mark.parametrize("library", ["peft", "adapterhub"])
+def test_what_an_adapter_alone_cannot_carry_is_told(library, tmp_path):
+    """A pooler that neither the base nor the folder has."""
+    model = SimpleNamespace(layers=None, random_init=False, head="classification")
+    parts = SimpleNamespace(config=SimpleNamespace(model=model), method=SimpleNamespace(parts=()))
+    fresh = ["classifier/kernel", "pooler/kernel"]
+    tuned = SimpleNamespace(parts=parts, loaded=SimpleNamespace(fresh=fresh), train={"layers/0/mlp/down/kernel": {}})
+    with pytest.raises(errors.ConfigError, match="no pooler/kernel"):
+        export._alone(tmp_path / "out", tuned, SimpleNamespace(format=library, dtype=None))
+    assert not list(tmp_path.iterdir())

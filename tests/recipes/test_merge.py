@@ -109,6 +109,20 @@ def test_what_comes_out_is_a_run_for_every_other_command(runs, tmp_path, capsys)
     equal(changes(again), half)
 
 
+def test_a_folder_of_adapterhub_is_a_run_too(runs, tmp_path, capsys):
+    out, run = tmp_path / "hub", runs / "adapter"
+    assert cli.main(["export", str(run), "--format", "adapterhub", "--output", str(out)]) == 0
+    found, expected = artefact.open_run(str(out)), artefact.open_run(str(run))
+    jax.tree.map(np.testing.assert_array_equal, found.train, expected.train)
+    assert found.parts.config.method[0]["reads"] == "branch"
+    data = f"data.eval_path={runs / 'eval.jsonl'}"
+    capsys.readouterr()
+    assert cli.main(["evaluate", str(run), data]) == 0
+    loss = json.loads(capsys.readouterr().out)["loss"]
+    assert cli.main(["evaluate", str(out), data, "data.max_length=32"]) == 0
+    assert json.loads(capsys.readouterr().out)["loss"] == pytest.approx(loss, abs=1e-5)
+
+
 def test_chains_combine_part_by_part(runs, tmp_path):
     found = merged(runs, tmp_path / "out", ["whole", "three"], "--weights", "1", "2")
     assert [s["name"] for s in found.parts.config.method] == ["lora", "full"]

@@ -15,6 +15,18 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "tanh": jnp.tanh,
 }
 
+HUGGING_FACE = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "relu": "relu",
+    "tanh": "tanh",
+}
+"""What transformers calls an activation -> what it is called here."""
+
 
 def named(name: str) -> Callable[[jax.Array], jax.Array]:
     """The activation of that name. Raises ConfigError for an unknown one."""

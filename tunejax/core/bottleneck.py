@@ -4,10 +4,12 @@ h + scale · (act(h W_down + b_down) W_up + b_up)        h = x W + b;  W_up = b_
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from tunejax.core import activations, errors, operators
 
@@ -30,6 +32,30 @@ ALIASES = {
     "layers_to_transform": "layers",
 }
 """What AdapterHub and PEFT call it -> what it is here."""
+
+
+HUB = {
+    "down": "adapter_down.0.weight",
+    "down_bias": "adapter_down.0.bias",
+    "up": "adapter_up.weight",
+    "up_bias": "adapter_up.bias",
+}
+"""What AdapterHub's library calls an adapter's arrays; it keeps kernels as [out, in]."""
+
+
+def to_hub(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """One layer's arrays as AdapterHub's library keeps them."""
+    return {HUB[k]: x.T for k, x in arrays.items()}
+
+
+def from_hub(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The inverse of `to_hub`. Raises KeyError where a tensor is missing."""
+    return {k: tensors[theirs].T for k, theirs in HUB.items()}
+
+
+def scaled(arrays: Mapping[str, np.ndarray], factors: np.ndarray) -> dict[str, np.ndarray]:
+    """Arrays of the adapter that adds ``factors`` ([1] or [out]) times as much."""
+    return {**arrays, "up": arrays["up"] * factors, "up_bias": arrays["up_bias"] * factors}
 
 
 @operators.operator
@@ -58,9 +84,13 @@ class Bottleneck:
     def parts(self, x: jax.Array, bias: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
         """h, and what is added to it; each [..., out]."""
         h = operators.apply(self.base, x, bias)
+        return h, self.change(h)
+
+    def change(self, h: jax.Array) -> jax.Array:
+        """What is added where h [..., out] is read: the same shape."""
         inner = activations.named(self.activation)(operators.apply(self.down, h, self.down_bias))
         change = self.scale * operators.apply(self.up, inner, self.up_bias)
-        return h, change if self.on is None else change * self.on.astype(change.dtype)
+        return change if self.on is None else change * self.on.astype(change.dtype)
 
     def dense(self) -> jax.Array:
         """Raises NotLinear: an activation stands in it."""

@@ -84,6 +84,54 @@ class Whole(NamedTuple):
     slot: str
 
 
+class Hub(NamedTuple):
+    """How AdapterHub's library `adapters` keeps a bottleneck method, one layer of one place at a time.
+
+    A method's module calls it ``ADAPTERHUB``; where several methods share the module, that is a mapping from their
+    names. Arguments called ``activation``, ``scale``, ``reads``, ``width``, ``targets`` and ``layers`` mean what they
+    do in `core.bottleneck` and `core.joins`; `interop.hub_config` has their entries.
+
+    Invariant: ``read(write(arrays)) == arrays``.
+
+    name:    what the library calls its nearest configuration.
+    write:   (arrays of a site by name) -> tensors by the end of their names there ("adapter_up.weight").
+    read:    (tensors) -> arrays.
+    entries: further argument -> its entry of the config.
+    flags:   entries that tell it from others on reading; where several agree, the most flags win.
+    fixed:   entries that must be so for what it computes; anything else is refused.
+    written: entries that are written and, on reading, change nothing.
+    meant:   (arguments) -> the same with what stands for others filled in; an activation of None is the model's.
+    width:   (arrays) -> of the bottleneck.
+    scaled:  (arrays, factors [1] or [embed]) -> arrays that add that multiple; None: it cannot.
+    write_shared, read_shared: as write and read, of what all sites share.
+    """
+
+    name: str
+    write: Callable[[Arrays], dict[str, np.ndarray]]
+    read: Callable[[Arrays], dict[str, np.ndarray]]
+    entries: Mapping[str, str] = {}
+    flags: Mapping[str, Any] = {}
+    fixed: Mapping[str, Any] = {}
+    written: Mapping[str, Any] = {}
+    meant: Callable[[Arguments], dict[str, Any]] = dict
+    width: Callable[[Arrays], int] = lambda arrays: arrays["down_bias"].shape[-1]
+    scaled: Callable[[Arrays, np.ndarray], dict[str, np.ndarray]] | None = None
+    write_shared: Callable[[Arrays], dict[str, np.ndarray]] | None = None
+    read_shared: Callable[[Arrays], dict[str, np.ndarray]] | None = None
+
+
+class NoForm(NamedTuple):
+    """Stands for a form that cannot be, and says why."""
+
+    why: str
+
+
+def hub_of(module: ModuleType, name: str) -> "Hub | NoForm | None":
+    """How AdapterHub keeps the method of that name in that module, or why it cannot; None where nothing is said."""
+    declared = _declared(module, name, "ADAPTERHUB")
+    return declared if isinstance(declared, Hub | NoForm) else None
+
+
 def form_of(module: ModuleType, name: str) -> Form | None:
     """The form of a method in that module, by its name or as "place:name"; None where it has none."""
     declared = _declared(module, name)
@@ -102,6 +150,6 @@ def whole_of(module: ModuleType, name: str) -> Whole | None:
     return declared if isinstance(declared, Whole) else None
 
 
-def _declared(module: ModuleType, name: str) -> Any:
-    declared = getattr(module, "PEFT", None)
+def _declared(module: ModuleType, name: str, where: str = "PEFT") -> Any:
+    declared = getattr(module, where, None)
     return declared.get(name.rpartition(":")[2]) if isinstance(declared, Mapping) else declared

@@ -1,8 +1,9 @@
-"""The four sites that models are made of: linear, lookup (with attend), attention, gate.
+"""The five sites that models are made of: linear, lookup (with attend), attention, gate, join.
 
 A site takes what stands in its slot, an array or an operator, and works in the type of its input.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -37,6 +38,16 @@ def blend(value: Any, new: jax.Array, old: jax.Array) -> jax.Array:
         return new
     weight = value.astype(new.dtype)
     return weight * new + (1 - weight) * old
+
+
+def join(
+    slot: Any, branch: jax.Array, residual: jax.Array, norm: Callable[[jax.Array], jax.Array] | None = None
+) -> jax.Array:
+    """What a block's branch adds to ``residual``, each [..., embed]: ``branch``, where the slot is empty.
+
+    norm: what the block does to the sum, where it does anything.
+    """
+    return branch if slot is None else slot.joined(branch, residual, norm)
 
 
 def strength(prefix: Any, x: jax.Array) -> jax.Array | None:

@@ -15,12 +15,13 @@ import numpy as np
 from tunejax.core import errors, operators, paths, portable
 from tunejax.core.method import SHARED, Method
 from tunejax.core.paths import Params
-from tunejax.interop import modules, peft_prompts
+from tunejax.interop import modules, peft_prompts, tensors
+from tunejax.interop.found import CONFIG
 from tunejax.interop.modules import Place, Site
 from tunejax.methods import registry
 from tunejax.models.config import ModelConfig
 
-CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
+WEIGHTS, PREFIX = "adapter_model.safetensors", "base_model.model."
 SHARED_PREFIX = "base_model."
 """Of tensors that belong to no module of the base."""
 TASKS = {"lm": "CAUSAL_LM", "classification": "SEQ_CLS"}
@@ -41,26 +42,24 @@ class Tuned(NamedTuple):
 
 
 def write(folder: Path, tuned: Tuned, config: ModelConfig, *, head: str, base_name: str) -> None:
-    """Writes an adapter that `peft.PeftModel.from_pretrained` loads onto the same base.
+    """Writes an adapter that `peft.PeftModel.from_pretrained` loads onto the same base: the whole folder or nothing.
 
     Raises:
-      ConfigError: PEFT has no such method, or no place for this combination of them.
+      ConfigError: PEFT has no such method, or no place for this combination of them; the folder holds something.
     """
-    from safetensors import numpy as safetensors
-
     places = modules.places(config, head)
     adapters, prompts, whole, slots = _parts(tuned, config)
     if len(prompts) > 1 or (prompts and adapters):
         other = adapters[0].name if adapters else "another prompt"
         raise errors.ConfigError(f"PEFT keeps one kind of adapter in a folder; here is a prompt and {other}")
     if prompts or adapters:
-        tensors, settings = prompts[0] if prompts else _adapter(adapters, places, tuned.base)
+        arrays, settings = prompts[0] if prompts else _adapter(adapters, places, tuned.base)
     else:
         form, values = slots[0]
-        tensors, settings = _slotted(form, values, places, tuned.base)
+        arrays, settings = _slotted(form, values, places, tuned.base)
         whole = {p: x for p, x in whole.items() if p not in values}
     saved, kept = _modules(whole, places, tuned.base, head)
-    both = [m for m in kept if any(k.startswith(f"{PREFIX}{m}.") for k in tensors)]
+    both = [m for m in kept if any(k.startswith(f"{PREFIX}{m}.") for k in arrays)]
     if both:
         raise errors.ConfigError(
             f"{both[0]} trains whole and is adapted too; PEFT can do one. Export --format hf merges"
@@ -71,9 +70,9 @@ def write(folder: Path, tuned: Tuned, config: ModelConfig, *, head: str, base_na
         "modules_to_save": kept or None,
         "task_type": TASKS.get(head),
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    safetensors.save_file({k: np.ascontiguousarray(x) for k, x in (tensors | saved).items()}, folder / WEIGHTS)
-    (folder / CONFIG).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    with tensors.whole_folder(folder) as new:
+        tensors.write_arrays(new / WEIGHTS, arrays | saved)
+        (new / CONFIG).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 class _Part(NamedTuple):

@@ -5,16 +5,16 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
 import numpy as np
 
-from tunejax.core import errors, operators, portable
-from tunejax.core.method import SHARED, Method
+from tunejax.core import errors, portable
+from tunejax.interop import found as found_lib
 from tunejax.interop import modules, peft_prompts
+from tunejax.interop.found import CONFIG, Found
 from tunejax.interop.modules import Place, Site
-from tunejax.interop.peft import CONFIG, PATTERNS, PREFIX, SHARED_PREFIX, WEIGHTS
+from tunejax.interop.peft import PATTERNS, PREFIX, SHARED_PREFIX, WEIGHTS
 from tunejax.methods import registry
 from tunejax.models.config import ModelConfig
 
@@ -31,26 +31,10 @@ STARTS = ("init_lora_weights", (True, False, None, "gaussian", "eva", "orthogona
 """The entry that says how an adapter started, and the starts that leave the base as it is; PEFT repeats the others on
 the base whenever it loads such a folder."""
 
-_Spec = tuple[dict[str, Any], dict[Site, dict[str, np.ndarray]]]
-"""(a method, as in a config; what it trains by site)"""
 
-
-class Found(NamedTuple):
-    """An adapter. specs: its methods, as in a config; base: name of its base model; arrays: for `trained`.
-
-    arrays: one mapping a spec: (path without segment, layer) -> arrays by name, or a whole value under "".
-    shared: arrays that all sites share, as large as any of them needs.
-    """
-
-    specs: list[dict[str, Any]]
-    base: str
-    arrays: list[dict[Site, dict[str, np.ndarray]]]
-    shared: dict[str, np.ndarray] = {}  # noqa: RUF012
-
-
-def is_adapter(folder: str | Path) -> bool:
-    """Whether PEFT wrote it."""
-    return (Path(folder) / CONFIG).is_file()
+def base_of(settings: Mapping[str, Any]) -> str:
+    """Name of the model that an adapter stands on, or ""."""
+    return str(settings.get("base_model_name_or_path") or "")
 
 
 def read(folder: Path, config: ModelConfig, *, head: str) -> Found:
@@ -60,7 +44,7 @@ def read(folder: Path, config: ModelConfig, *, head: str) -> Found:
       CheckpointError: a damaged folder, a kind that is not known, an entry that changes something unknown here, or a
         tensor that has no place in this model; each is named.
     """
-    found = settings(folder)
+    found = found_lib.settings(folder)
     if found.get("peft_type") in peft_prompts.READ:
         return _prompt(folder, found, config, head)
     owner = _whole(found)
@@ -84,25 +68,25 @@ def read(folder: Path, config: ModelConfig, *, head: str) -> Found:
             groups.setdefault(json.dumps(own, sort_keys=True), (own, {}))[1][site] = dict(split)
     specs, out = [], []
     for own, sites in groups.values():
-        for spec, some in _by_layers({"name": name, **given, **own}, sites, config.num_layers):
+        for spec, some in found_lib.by_layers({"name": name, **given, **own}, sites, config.num_layers):
             specs.append(spec)
             out.append(some)
-    for spec, some in _whole_specs("full", whole, config):
+    for spec, some in found_lib.whole_specs("full", whole, config):
         specs.append(spec)
         out.append(some)
-    return Found(specs, str(found.get("base_model_name_or_path") or ""), out, _shared(folder, common, form))
+    return Found(specs, base_of(found), out, _shared(folder, common, form))
 
 
 def _prompt(folder: Path, found: dict[str, Any], config: ModelConfig, head: str) -> Found:
     """A folder of virtual tokens or of a prefix, perhaps with modules that trained whole."""
-    tensors = _tensors(folder)
+    tensors = found_lib.tensors(folder / WEIGHTS)
     spec, sites = peft_prompts.read(found, tensors, folder / WEIGHTS, config)
     specs, arrays = [spec], [sites]
     whole = _placed(folder, {k: x for k, x in tensors.items() if k != peft_prompts.KEY}, config, head)
-    for extra, some in _whole_specs("full", whole, config):
+    for extra, some in found_lib.whole_specs("full", whole, config):
         specs.append(extra)
         arrays.append(some)
-    return Found(specs, str(found.get("base_model_name_or_path") or ""), arrays)
+    return Found(specs, base_of(found), arrays)
 
 
 def _whole(settings: Mapping[str, Any]) -> tuple[str, portable.Whole] | None:
@@ -115,17 +99,11 @@ def _modules(
     folder: Path, name: str, form: portable.Whole, found: dict[str, Any], config: ModelConfig, head: str
 ) -> Found:
     """A folder of modules that trained whole, those of ``form`` and others."""
-    tensors, slot = _tensors(folder), f".{form.slot}."
+    tensors, slot = found_lib.tensors(folder / WEIGHTS), f".{form.slot}."
     own = _placed(folder, {k.replace(slot, "."): x for k, x in tensors.items() if slot in k}, config, head)
     rest = _placed(folder, {k: x for k, x in tensors.items() if slot not in k}, config, head)
-    parts = [*_whole_specs(name, own, config), *_whole_specs("full", rest, config)]
-    named = str(found.get("base_model_name_or_path") or "")
-    return Found([spec for spec, _ in parts], named, [arrays for _, arrays in parts])
-
-
-def _whole_specs(name: str, values: Mapping[Site, np.ndarray], config: ModelConfig) -> list[_Spec]:
-    """What trains those parameters themselves, by a method that does."""
-    return _by_layers({"name": name}, {s: {"": x} for s, x in values.items()}, config.num_layers)
+    parts = [*found_lib.whole_specs(name, own, config), *found_lib.whole_specs("full", rest, config)]
+    return Found([spec for spec, _ in parts], base_of(found), [arrays for _, arrays in parts])
 
 
 def _placed(folder: Path, tensors: Mapping[str, np.ndarray], config: ModelConfig, head: str) -> dict[Site, np.ndarray]:
@@ -138,16 +116,6 @@ def _placed(folder: Path, tensors: Mapping[str, np.ndarray], config: ModelConfig
     return {plain[k][0]: x.T if plain[k][1].transpose else x for k, x in tensors.items()}
 
 
-def _tensors(folder: Path) -> dict[str, np.ndarray]:
-    from safetensors import SafetensorError
-    from safetensors import numpy as safetensors
-
-    try:
-        return dict(safetensors.load_file(folder / WEIGHTS))
-    except (OSError, SafetensorError) as e:
-        raise errors.CheckpointError(f"{folder / WEIGHTS} cannot be read: {e}") from None
-
-
 def _shared(folder: Path, tensors: Mapping[str, np.ndarray], form: portable.Form) -> dict[str, np.ndarray]:
     if form.read_shared is None:
         return {}
@@ -157,71 +125,6 @@ def _shared(folder: Path, tensors: Mapping[str, np.ndarray], form: portable.Form
         raise errors.CheckpointError(
             f"{folder / WEIGHTS} has no {e}, which all its modules share; save it together with what they share"
         ) from None
-
-
-def _globs(sites: Mapping[Site, Any]) -> list[str]:
-    return sorted({f"/{s.path.replace('layers/', 'layers/*/', 1)}" for s in sites})
-
-
-def trained(found: Found, method: Method, train: Any, cuts: tuple[int, ...]) -> Any:
-    """What an adapter trained, in the structure of ``train`` (shapes will do) of the method that its specs build.
-
-    cuts: of the stack that ``method`` was begun on.
-    """
-    starts = {str(i): c for i, c in enumerate(sorted({0, *cuts}))}
-
-    def one(arrays: dict[Site, dict[str, np.ndarray]], part: Mapping[str, Any]) -> dict[str, Any]:
-        out: dict[str, Any] = {}
-        for path, like in part.items():
-            if path == SHARED:
-                out[path] = _cut(found.shared, like)
-                continue
-            ours, first = modules.canonical(path, starts)
-            fields = {"": like} if operators.is_array(like) else like
-            made = {k: _stacked(arrays, ours, first, k, x) for k, x in fields.items()}
-            out[path] = made[""] if operators.is_array(like) else made
-        return out
-
-    if not method.parts:
-        return one(found.arrays[0], train)
-    keys = [f"{i}:{m.name}" for i, m in enumerate(method.parts)]
-    return {k: one(arrays, train[k]) for k, arrays in zip(keys, found.arrays, strict=True)}
-
-
-def state_of(found: Found, method: Method, state: Any) -> Any:
-    """``state``, as the method's start has it, with what all sites share as the adapter has it."""
-
-    def one(part: Any) -> Any:
-        shared = isinstance(part, Mapping) and part.get(SHARED)
-        return {**part, SHARED: _cut(found.shared, shared)} if shared else part
-
-    return {k: one(part) for k, part in state.items()} if method.parts else one(state)
-
-
-def _cut(shared: Mapping[str, np.ndarray], like: Mapping[str, Any]) -> dict[str, jax.Array]:
-    """What all of a folder's sites share, as large as these sites need."""
-    cut = {k: shared[k][tuple(slice(n) for n in x.shape)] for k, x in like.items()}
-    for k, x in like.items():
-        if cut[k].shape != tuple(x.shape):
-            raise errors.CheckpointError(f"the adapter's shared {k} has shape {shared[k].shape}, needed is {x.shape}")
-    return {k: jax.numpy.asarray(cut[k], x.dtype) for k, x in like.items()}
-
-
-def _stacked(arrays: Mapping[Site, Mapping[str, np.ndarray]], path: str, first: int, name: str, like: Any) -> jax.Array:
-    layers = [modules.OUTSIDE] if first < 0 else range(first, first + like.shape[0])
-    rows = [arrays[Site(path, i)][name] for i in layers]
-    value = rows[0] if first < 0 else np.stack(rows)
-    if value.shape != tuple(like.shape):
-        raise errors.CheckpointError(f"the adapter's {name} at {path} has shape {value.shape}, expected {like.shape}")
-    return jax.numpy.asarray(value, like.dtype)
-
-
-def settings(folder: Path) -> dict[str, Any]:
-    """What adapter_config.json says. Raises CheckpointError where it cannot be read."""
-    try:
-        return dict(json.loads((folder / CONFIG).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as e:
-        raise errors.CheckpointError(f"{folder / CONFIG} cannot be read: {e}") from None
 
 
 def _method(settings: Mapping[str, Any]) -> tuple[str, portable.Form]:
@@ -279,7 +182,7 @@ def _sorted(folder: Path, config: ModelConfig, head: str, form: portable.Form) -
     Raises:
       CheckpointError: tensors that are none of these.
     """
-    tensors = _tensors(folder)
+    tensors = found_lib.tensors(folder / WEIGHTS)
     places = modules.places(config, head)
     plain = {f"{p.module}.{p.name}": (s, p) for s, p in places.items()}
     kernels: dict[str, dict[Site, Place]] = {}
@@ -314,29 +217,3 @@ def _split(form: portable.Form, arrays: portable.Arrays, i: int, of: int, name: 
     if form.split is None:
         raise errors.CheckpointError(f"{module} keeps {of} kernels as one, and {name} has no form for a part of it")
     return form.split(arrays, i, of)
-
-
-def _by_layers(given: Mapping[str, Any], sites: Mapping[Site, dict[str, np.ndarray]], depth: int) -> list[_Spec]:
-    """A spec of those arguments, and its sites, for each run of layers that the sites cover."""
-    layers: dict[str, list[int]] = {}
-    for site in sites:
-        layers.setdefault(site.path, []).append(site.layer)
-    runs: dict[tuple[int, int] | None, dict[Site, dict[str, np.ndarray]]] = {}
-    for site, arrays in sites.items():
-        run = _run(sorted(layers[site.path]), site.layer)
-        every = site.layer < 0 or run == (0, depth)
-        runs.setdefault(None if every else run, {})[site] = arrays
-    return [
-        ({**given, "targets": _globs(some), **({"layers": f"{run[0]}:{run[1]}"} if run else {})}, some)
-        for run, some in runs.items()
-    ]
-
-
-def _run(layers: list[int], layer: int) -> tuple[int, int]:
-    """[start, stop) of the unbroken run of layers that ``layer`` lies in."""
-    start = stop = layer
-    while start - 1 in layers:
-        start -= 1
-    while stop + 1 in layers:
-        stop += 1
-    return start, stop + 1

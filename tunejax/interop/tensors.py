@@ -4,10 +4,13 @@ The format (huggingface.co/docs/safetensors): 8 bytes little-endian length of th
 (name -> dtype, shape, data_offsets from the end of the header), then the bytes of all tensors.
 """
 
+import contextlib
+import functools
 import json
 import math
 import os
-from collections.abc import Callable, Iterable
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -153,6 +156,31 @@ class Out(NamedTuple):
     def nbytes(self) -> int:
         """Its size in the file."""
         return math.prod(self.shape) * self.dtype.itemsize
+
+
+@contextlib.contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A new folder to fill, which becomes ``folder`` when all is written; where that fails, nothing is left.
+
+    Raises:
+      ConfigError: ``folder`` is a file, or holds something.
+    """
+    folder = folder.resolve()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise errors.ConfigError(f"{folder} exists and is not an empty folder; name a new one")
+    half = folder.with_name(f".{folder.name}.{os.getpid()}")
+    half.mkdir(parents=True)
+    try:
+        yield half
+        half.replace(folder)
+    except BaseException:
+        shutil.rmtree(half, ignore_errors=True)
+        raise
+
+
+def write_arrays(file: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Writes arrays by name as one safetensors file."""
+    write_file(file, [Out(k, x.dtype, x.shape, functools.partial(np.asarray, x)) for k, x in arrays.items()])
 
 
 def write_folder(folder: Path, tensors: Iterable[Out], max_shard_size: int) -> list[str]:

@@ -3,9 +3,10 @@
     Houlsby et al., 2019 (arXiv:1902.00751, section 2.1): after attention's output projection and after the MLP.
     Pfeiffer et al., 2021 (arXiv:2005.00247): after the MLP alone.
 
-The adapter acts on the branch before it joins the residual. (AdapterHub's Pfeiffer puts a norm before it, where a
-post-norm block has one; here, as in Houlsby's, the block's norm comes after.) Houlsby's also trains the norms:
-``method: [{name: houlsby}, {name: norm_tuning}]``.
+The adapter acts on the branch before it joins the residual. With ``reads: sum`` it reads what the block would give
+without it, behind the block's norm where one follows, and still adds to the branch: that is AdapterHub's Pfeiffer
+(``seq_bn``); with ``reads: residual`` it reads what the branch is added to (`core.joins`). Houlsby's also trains the
+norms: ``method: [{name: houlsby}, {name: norm_tuning}]``.
 
 AdapterDrop (Rücklé et al., 2021, arXiv:2010.11918): no adapters in the first layers, for good (``drop_first``), or in
 the first n layers with n drawn anew at each step (``drop_random``), so that any few may be dropped afterwards.
@@ -17,7 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from tunejax.core import activations, bottleneck, errors, paths
+from tunejax.core import activations, bottleneck, errors, joins, paths, portable
 from tunejax.core import method as methods
 from tunejax.core.bottleneck import Bottleneck
 from tunejax.core.method import Context, Method, Start
@@ -25,6 +26,18 @@ from tunejax.core.paths import Params
 
 ALIASES = bottleneck.ALIASES
 """What AdapterHub calls it -> what it is here."""
+
+_HUB = portable.Hub(
+    name="seq_bn",
+    write=bottleneck.to_hub,
+    read=bottleneck.from_hub,
+    flags={"phm_layer": False, "is_parallel": False},
+    scaled=bottleneck.scaled,
+)
+ADAPTERHUB = {
+    "houlsby": _HUB._replace(name="double_seq_bn", flags={**_HUB.flags, "mh_adapter": True, "output_adapter": True}),
+    "pfeiffer": _HUB,
+}
 
 
 def houlsby(
@@ -36,6 +49,7 @@ def houlsby(
     layers: str | int | None = None,
     drop_first: int = 0,
     drop_random: int = 0,
+    reads: str = "branch",
 ) -> Method:
     """Trains two adapters a block, on the outputs of attention and of the MLP (Houlsby et al., arXiv:1902.00751).
 
@@ -48,13 +62,15 @@ def houlsby(
       layers: only these layers of the stack, as a slice: "-2:".
       drop_first: no adapters in this many of the first layers: the slice "n:".
       drop_random: while training, each step draws n from 0 to this and skips the adapters of the first n layers.
+      reads: "branch", "sum" or "residual"; see this module.
 
     Raises:
-      ConfigError: an unknown activation, a width or factor out of range, both ``layers`` and ``drop_first``; from
-        init: ``drop_random`` leaves no layer.
+      ConfigError: an unknown activation or ``reads``, a width or factor out of range, both ``layers`` and
+        ``drop_first``; from init: ``drop_random`` leaves no layer.
       TargetError (from init): nothing matched, or what matched is no kernel.
     """
-    return _adapter("houlsby", targets, width, reduction_factor, activation, scale, layers, drop_first, drop_random)
+    made = _adapter("houlsby", targets, width, reduction_factor, activation, scale, layers, drop_first, drop_random)
+    return joins.reading(made, reads)
 
 
 def pfeiffer(
@@ -66,12 +82,14 @@ def pfeiffer(
     layers: str | int | None = None,
     drop_first: int = 0,
     drop_random: int = 0,
+    reads: str = "branch",
 ) -> Method:
     """Trains one adapter a block, on the output of the MLP (Pfeiffer et al., arXiv:2005.00247).
 
     Arguments and errors as of `houlsby`.
     """
-    return _adapter("pfeiffer", targets, width, reduction_factor, activation, scale, layers, drop_first, drop_random)
+    made = _adapter("pfeiffer", targets, width, reduction_factor, activation, scale, layers, drop_first, drop_random)
+    return joins.reading(made, reads)
 
 
 def _adapter(

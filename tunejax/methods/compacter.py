@@ -12,15 +12,47 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from tunejax.core import activations, bottleneck, errors, operators
+from tunejax.core import activations, bottleneck, errors, joins, operators, portable
 from tunejax.core import method as methods
 from tunejax.core.bottleneck import Bottleneck
-from tunejax.core.method import Axes, Context, Method, Start
-from tunejax.core.paths import Params, Path
+from tunejax.core.method import Context, Method
 
 ALIASES = {**bottleneck.ALIASES, "phm_rank": "rank", "hypercomplex_division": "phm_dim"}
 """What AdapterHub and the paper's code call it -> what it is here."""
+
+_HUB = {
+    f"{ours}_{k}": f"{theirs}.{name}"
+    for ours, theirs in (("down", "adapter_down.0"), ("up", "adapter_up"))
+    for k, name in (("s", "W_left"), ("t", "W_right"), ("bias", "b"))
+}
+
+
+def _to_hub(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {_HUB[k]: x for k, x in arrays.items()}
+
+
+def _from_hub(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {k: tensors[theirs] for k, theirs in _HUB.items()}
+
+
+ADAPTERHUB = portable.Hub(
+    name="compacter",
+    write=_to_hub,
+    read=_from_hub,
+    entries={"phm_dim": "phm_dim", "rank": "phm_rank"},
+    flags={"phm_layer": True},
+    fixed={
+        "factorized_phm_W": True,
+        "factorized_phm_rule": False,
+        "phm_bias": True,
+        "shared_phm_rule": True,
+        "shared_W_phm": False,
+    },
+    write_shared=lambda arrays: {"phm_rule": arrays["a"]},
+    read_shared=lambda tensors: {"a": tensors["phm_rule"]},
+)
 
 AXES: dict[str, tuple[str | None, ...]] = {
     **dict.fromkeys(("down_s", "down_t", "up_s", "up_t"), (None,) * 3),
@@ -73,6 +105,7 @@ def compacter(
     activation: str = "gelu",
     scale: float = 1.0,
     layers: str | int | None = None,
+    reads: str = "branch",
 ) -> Method:
     """Trains compact adapters of the outputs of targeted kernels; ``targets: mlp/down/kernel`` is Compacter++.
 
@@ -85,10 +118,11 @@ def compacter(
       activation: in the bottleneck, by name (`core.activations`).
       scale: times what the adapter adds.
       layers: only these layers of the stack, as a slice: "-2:".
+      reads: "branch", "sum" or "residual" (`core.joins`).
 
     Raises:
-      ConfigError: an unknown activation; a width, factor, rank or phm_dim out of range or that does not divide; from
-        init: phm_dim does not divide a kernel's outputs.
+      ConfigError: an unknown activation or ``reads``; a width, factor, rank or phm_dim out of range or that does not
+        divide; from init: phm_dim does not divide a kernel's outputs.
       TargetError (from init): nothing matched, or what matched is no kernel.
     """
     activations.named(activation)
@@ -115,27 +149,15 @@ def compacter(
         }
 
     def wrap(kernel: Any, arrays: dict[str, Any], ctx: Context) -> Bottleneck:
-        down, up = (Kronecker(arrays["a"], arrays[f"{w}_s"], arrays[f"{w}_t"]) for w in ("down", "up"))
+        a = jnp.broadcast_to(arrays["a"], (*arrays["up_bias"].shape[:-1], *arrays["a"].shape))
+        down, up = (Kronecker(a, arrays[f"{w}_s"], arrays[f"{w}_t"]) for w in ("down", "up"))
         return Bottleneck(kernel, down, arrays["down_bias"], up, arrays["up_bias"], activation=activation, scale=scale)
 
-    sites = methods.per_site("compacter", targets, new, wrap, layers=layers, axes=AXES)
+    def shared(key: Any, kernels: Any) -> dict[str, Any]:
+        return {"a": _normal(key, (phm_dim,) * 3, phm_dim)}
 
-    def init(key: Any, params: Params) -> Start:
-        shared = _normal(methods.path_key(key, "shared"), (phm_dim,) * 3, phm_dim)
-        return Start(train={"shared": shared, "sites": sites.init(key, params).train})
-
-    def bind(params: Params, train: Any, state: Any, ctx: Context) -> Params:
-        a = train["shared"]
-        whole = {
-            p: {**arrays, "a": jnp.broadcast_to(a, (*arrays["up_bias"].shape[:-1], *a.shape))}
-            for p, arrays in train["sites"].items()
-        }
-        return sites.bind(params, whole, state, ctx)
-
-    def axes(model_axes: Mapping[Path, Axes], train: Any) -> Any:
-        return {"shared": (None,) * 3, "sites": sites.axes(model_axes, train["sites"])}
-
-    return methods.method("compacter", init, bind, axes=axes, cuts=sites.cuts, targets=sites.targets)
+    made = methods.per_site("compacter", targets, new, wrap, shared=shared, layers=layers, axes=AXES)
+    return joins.reading(made, reads)
 
 
 def _normal(key: Any, shape: tuple[int, ...], fan: int) -> jax.Array:

@@ -80,6 +80,7 @@ def adapter_fusion(
 
     Args:
       adapters: what each trained (`Adapter`), two at least; in a config, folders of finished runs of one adapter each.
+        They must read their branches (``reads: branch``), as the mixture does.
       activation, scale: those that all of them were trained with.
       regularization: weight of the penalty Σ (V - 1)², summed over entries and sites.
 

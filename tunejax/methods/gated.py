@@ -15,12 +15,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from tunejax.core import errors, operators, paths, prompts
+from tunejax.core import errors, operators, paths, portable, prompts
 from tunejax.core import method as methods
 from tunejax.core.method import Axes, Context, Method, Start
 from tunejax.core.paths import Params, Path
 
 READS = ("input", "output")
+ADAPTERHUB = portable.NoForm("its gates are means over all tokens of a row, and each token has its own here")
 
 
 @operators.operator

@@ -9,6 +9,10 @@ positions through an MLP of width 800, s = 4, and 512 of 1024 dimensions. The ad
 
 from typing import Any
 
+from tunejax.core import portable
+
+ADAPTERHUB = portable.NoForm("its prefix takes no positions, and here the text's go on from the prefix's length")
+
 
 def mam(
     length: int = 30,

@@ -6,6 +6,9 @@ The adapter reads the MLP's own input, and two kernels stand between it and the 
 what its first kernel gives is followed by x W_down + b_down, its own activation acts on all of it, and the operator at
 its last kernel takes the added part out again. f is therefore the model's activation (the paper's is ReLU, that of
 the models it tunes). In a gated MLP, act(x gate) * (x up), the part beside ``up`` is 1.
+
+AdapterHub's (``par_bn``) reads what the block's branch is added to, which in a block whose norms come first is not yet
+normed, and may stand beside attention too: ``reads: residual``, with an activation of its own (`core.joins`).
 """
 
 from typing import Any
@@ -13,13 +16,24 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from tunejax.core import bottleneck, errors, operators, paths
+from tunejax.core import activations, bottleneck, errors, joins, operators, paths, portable
 from tunejax.core import method as methods
+from tunejax.core.bottleneck import Bottleneck
 from tunejax.core.method import Context, Method
 from tunejax.core.paths import Params
 
 ALIASES = bottleneck.ALIASES
 """What AdapterHub calls it -> what it is here."""
+ADAPTERHUB = portable.Hub(
+    name="par_bn",
+    write=bottleneck.to_hub,
+    read=bottleneck.from_hub,
+    flags={"phm_layer": False, "is_parallel": True},
+    written={"init_weights": "mam_adapter"},
+    meant=lambda given: {**given, "activation": _activation(given["reads"], given["activation"])},
+    scaled=bottleneck.scaled,
+)
+READS = ("input", "residual")
 
 
 @operators.operator
@@ -100,6 +114,8 @@ def parallel_adapter(
     reduction_factor: float = 2,
     scale: float = 4.0,
     layers: str | int | None = None,
+    reads: str = "input",
+    activation: str | None = None,
 ) -> Method:
     """Trains one adapter a block beside the MLP.
 
@@ -109,21 +125,45 @@ def parallel_adapter(
       reduction_factor: the outer width over this is the width where none is given.
       scale: times what the adapter adds.
       layers: only these layers of the stack, as a slice: "-2:".
+      reads: "input", that of the MLP, or "residual"; see this module.
+      activation: in the bottleneck, by name, where it reads the residual (ReLU by default); else it is the model's.
 
     Raises:
-      ConfigError: a width or factor out of range.
-      TargetError (from init): nothing matched, or what matched is no last kernel of an MLP.
+      ConfigError: a width or factor out of range; an unknown activation or ``reads``, or they do not go together.
+      TargetError (from init): nothing matched, or what matched is no last kernel of an MLP (or, with the residual, of
+        attention).
     """
     name = "parallel_adapter"
     bottleneck.width_of(name, 1, width, reduction_factor)
+    if reads not in READS:
+        raise errors.ConfigError(f"{name}: reads is {reads!r}. {errors.did_you_mean(reads, READS)}")
+    if reads == "input" and activation is not None:
+        raise errors.ConfigError(
+            f"{name}: activation is {activation!r}, and an adapter that reads the input of the MLP has the MLP's own; "
+            "leave it out, or set reads: residual"
+        )
+    act = _activation(reads, activation) or "relu"
+    activations.named(act)
 
     def new(key: Any, kernel: Any) -> dict[str, Any]:
         return bottleneck.arrays(key, kernel, bottleneck.width_of(name, kernel.shape[-1], width, reduction_factor))
 
-    def wrap(kernel: Any, arrays: dict[str, Any], ctx: Context) -> Joined:
+    def wrap(kernel: Any, arrays: dict[str, Any], ctx: Context) -> Joined | Bottleneck:
+        if reads == "residual":
+            return Bottleneck(kernel, **arrays, activation=act, scale=scale)
         return Joined(kernel, arrays["up"], arrays["up_bias"], scale=scale)
 
-    joined = methods.per_site(name, targets, new, wrap, layers=layers, axes=bottleneck.AXES)
+    made = methods.per_site(name, targets, new, wrap, layers=layers, axes=bottleneck.AXES)
+    return joins.reading(made, reads) if reads == "residual" else _widened(made)
+
+
+def _activation(reads: str, activation: str | None) -> str | None:
+    """In the bottleneck; None: the model's."""
+    return None if reads == "input" else activation or "relu"
+
+
+def _widened(joined: Method) -> Method:
+    """``joined``, whose operators stand at last kernels of MLPs, with the other end of each adapter before them."""
 
     def bind(params: Params, train: Any, state: Any, ctx: Context) -> Params:
         beside: dict[str, Any] = {}
@@ -140,7 +180,9 @@ def parallel_adapter(
         start = joined.init(key, params)
         wrong = [p for p in start.train if not (p.endswith("/down/kernel") and "up" in _mlp(params, p))]
         if wrong:
-            raise errors.TargetError(f"{name} targets {wrong[0]}; give the last kernels of MLPs, as mlp/down/kernel")
+            raise errors.TargetError(
+                f"{joined.name} targets {wrong[0]}; give the last kernels of MLPs, as mlp/down/kernel"
+            )
         return start
 
     return joined._replace(init=init, bind=bind)

@@ -172,4 +172,5 @@ def _pairs(train: Mapping[str, Any]) -> jax.Array:
 
 
 PEFT = portable.Prompt("PREFIX_TUNING", True, _pairs, {"prefix_projection": False})
+ADAPTERHUB = portable.NoForm("its prefix takes no positions, and here the text's go on from the prefix's length")
 """Its form in PEFT, which keeps the pairs that the network made, and not the network."""

@@ -9,6 +9,10 @@ attention's input for the prefix (section 3.2). LoRA's scale is the gate alone. 
 
 from typing import Any
 
+from tunejax.core import portable
+
+ADAPTERHUB = portable.NoForm("its gates are means over all tokens of a row, and each token has its own here")
+
 
 def unipelt(
     length: int = 10,

@@ -17,6 +17,7 @@ TABLE: tuple[tuple[str, Axes], ...] = (
     ("mlp/down/kernel", ("mlp", "embed")),
     ("attention/{q_norm,k_norm}/scale", (None,)),
     ("attention/prefix", (None, "kv")),
+    ("{attention,mlp}/join", ("embed",)),
     ("/layers/*/gate", ()),
     ("/ladder", ()),
     ("pooler/kernel", ("embed", None)),

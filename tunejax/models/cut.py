@@ -13,6 +13,8 @@ from tunejax.core.paths import Params, Path
 from tunejax.models.config import ModelConfig
 from tunejax.models.families import registry
 
+JOIN = "/layers/*/{attention,mlp}/join"
+"""Slots that no checkpoint has."""
 Masks = Mapping[str, Any]
 """Dimension (`core.units`) -> bool [rows, units]: what is kept."""
 
@@ -28,11 +30,17 @@ def masks(bound: Params, config: ModelConfig) -> dict[str, np.ndarray]:
     """The masks that stand in bound parameters (`core.masked.put`), one for each dimension that is masked.
 
     Raises:
-      ConfigError: another method wraps a masked kernel from outside, so that what is masked still counts.
+      ConfigError: another method wraps a masked kernel from outside, so that what is masked still counts; or one stands
+        where a branch joins the residual, which no smaller model can have.
     """
     out: dict[str, np.ndarray] = {}
     flat = paths.flatten(bound)
     for path, leaf in flat.items():
+        if leaf is not None and paths.matches(JOIN, path):
+            raise errors.ConfigError(
+                f"{path}: a method acts where this branch joins the residual, and no checkpoint has anything there. "
+                "Cut without it, and train it on the smaller model"
+            )
         inner = leaf
         while isinstance(inner, masked.Masked):
             inner = inner.base

@@ -22,12 +22,15 @@ class DecoderBlock(stack.Block):
     def __call__(self, x: jax.Array, view: View, cache: Any, key: Any) -> tuple[jax.Array, Any, dict[str, jax.Array]]:
         """See `stack.Block`."""
         keys = (None, None) if key is None else jax.random.split(key)
-        gate = self.gate.get_value()
         attended, cache, inner = self.attention(self.attention.norm(x), view, cache)
-        x = x + sites.gate(gate, modules.dropout(attended, self.rate, keys[0]))
+        x = self._added(self.attention, x, attended, keys[0])
         changed = self.mlp(self.mlp.norm(x))
-        x = x + sites.gate(gate, modules.dropout(changed, self.rate, keys[1]))
+        x = self._added(self.mlp, x, changed, keys[1])
         return x, cache, {**inner, "attention": attended, "mlp": changed}
+
+    def _added(self, part: modules.Attention | modules.Mlp, x: jax.Array, branch: jax.Array, key: Any) -> jax.Array:
+        branch = sites.join(part.join.get_value(), modules.dropout(branch, self.rate, key), x)
+        return x + sites.gate(self.gate.get_value(), branch)
 
 
 class Decoder(nnx.Module):

@@ -23,12 +23,15 @@ class EncoderBlock(stack.Block):
     def __call__(self, x: jax.Array, view: View, cache: Any, key: Any) -> tuple[jax.Array, Any, dict[str, jax.Array]]:
         """See `stack.Block`."""
         keys = (None, None) if key is None else jax.random.split(key)
-        gate = self.gate.get_value()
         attended, cache, inner = self.attention(x, view, cache)
-        x = sites.blend(gate, self.attention.norm(x + modules.dropout(attended, self.rate, keys[0])), x)
+        x = self._normed(self.attention, x, attended, keys[0])
         changed = self.mlp(x)
-        x = sites.blend(gate, self.mlp.norm(x + modules.dropout(changed, self.rate, keys[1])), x)
+        x = self._normed(self.mlp, x, changed, keys[1])
         return x, cache, {**inner, "attention": attended, "mlp": changed}
+
+    def _normed(self, part: modules.Attention | modules.Mlp, x: jax.Array, branch: jax.Array, key: Any) -> jax.Array:
+        branch = sites.join(part.join.get_value(), modules.dropout(branch, self.rate, key), x, part.norm)
+        return sites.blend(self.gate.get_value(), part.norm(x + branch), x)
 
 
 class MlmHead(nnx.Module):

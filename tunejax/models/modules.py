@@ -101,7 +101,10 @@ class Norm(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """Multi-head attention with grouped key/value heads; ``norm`` stands before it (decoder) or after (encoder)."""
+    """Multi-head attention with grouped key/value heads; ``norm`` stands before it (decoder) or after (encoder).
+
+    join: the slot of `sites.join`, which the block uses.
+    """
 
     def __init__(self, config: ModelConfig, *, dtype: Any, noise: Noise) -> None:
         c = config
@@ -117,6 +120,7 @@ class Attention(nnx.Module):
             self.q_norm = Norm(c.head_dim, "rms", c.norm_eps, dtype=dtype)
             self.k_norm = Norm(c.head_dim, "rms", c.norm_eps, dtype=dtype)
         self.prefix = nnx.Param(None)
+        self.join = nnx.Param(None)
 
     def __call__(self, x: jax.Array, view: View, cache: Any = None) -> tuple[jax.Array, Any, dict[str, jax.Array]]:
         """x [batch, length, embed] -> (the same shape, the layer's cache with the new keys and values in it, taps)."""
@@ -148,7 +152,7 @@ class Attention(nnx.Module):
 
 
 class Mlp(nnx.Module):
-    """act(x gate) * (x up), or act(x up); then down. ``norm`` stands before it (decoder) or after (encoder)."""
+    """act(x gate) * (x up), or act(x up); then down. ``norm`` and ``join`` as in `Attention`."""
 
     def __init__(self, config: ModelConfig, *, dtype: Any, noise: Noise) -> None:
         c = config
@@ -160,6 +164,7 @@ class Mlp(nnx.Module):
             self.gate = Linear(c.embed_dim, c.mlp_dim, c.mlp_bias, **made)
         self.up = Linear(c.embed_dim, c.mlp_dim, c.mlp_bias, **made)
         self.down = Linear(c.mlp_dim, c.embed_dim, c.mlp_bias, **made)
+        self.join = nnx.Param(None)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [..., embed] -> [..., embed]."""

@@ -27,8 +27,8 @@ REMAT: dict[str, Any] = {
 """What the backward pass keeps of a block: everything; its input; every product; products with kernels only."""
 
 TAPS = ("hidden", "attention", "mlp", "query", "key", "value")
-"""What can be tapped of each block: its output; its two branches before they join the residual; what attention
-multiplies, [batch, length, heads (kv_heads), head_dim], normed and rotated."""
+"""What can be tapped of each block: its output; its two branches before they join the residual, and before what stands
+in the slots there; what attention multiplies, [batch, length, heads (kv_heads), head_dim], normed and rotated."""
 
 
 class Block(nnx.Module):

@@ -1,4 +1,4 @@
-"""A finished run, an adapter of HF PEFT, or a plain model, opened for use."""
+"""A finished run, an adapter folder of another library, or a plain model, opened for use."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -6,9 +6,10 @@ from typing import Any, NamedTuple
 import jax
 
 from tunejax.config import load, locate, schema
-from tunejax.core import errors, paths
 from tunejax.core import method as method_lib
-from tunejax.interop import hf, peft, peft_read
+from tunejax.core import paths
+from tunejax.interop import adapter_folders, hf
+from tunejax.interop import found as found_lib
 from tunejax.models.config import ModelConfig
 from tunejax.recipes import adapter, assemble, folder
 
@@ -35,7 +36,8 @@ def open_run(text: str, changes: list[str] | None = None, beside: Tuned | None =
     """The tuned model of a run folder.
 
     Args:
-      text: path of the run folder, or of an adapter that HF PEFT wrote (it names its base, and has no digest of it).
+      text: path of the run folder, or of an adapter that HF PEFT or AdapterHub's library wrote (it names its base, and
+        has no digest of it).
       changes: overrides of its config; another model.path is another base, and refused unless its digest agrees.
       beside: a model opened before, whose base is shared where this run's is the same.
 
@@ -43,8 +45,8 @@ def open_run(text: str, changes: list[str] | None = None, beside: Tuned | None =
       ConfigError: no run folder.
       CheckpointError: no adapter, a damaged one, or one of another base.
     """
-    if peft_read.is_adapter(text):
-        return _open_peft(Path(text), changes or [], beside)
+    if adapter_folders.is_adapter(text):
+        return _open_folder(Path(text), changes or [], beside)
     path = folder.find(text)
     raw = load.override(load.read_file(path / "config.yaml"), changes or [])
     found = adapter.read(path / "adapter")
@@ -82,26 +84,29 @@ def cuts(parts: assemble.Parts) -> tuple[int, ...]:
     return parts.method.cuts(parts.model_config.num_layers)
 
 
-def _open_peft(path: Path, changes: list[str], beside: Tuned | None) -> Tuned:
-    """An adapter of HF PEFT on the base that it names."""
-    settings = peft_read.settings(path)
-    head = {v: k for k, v in peft.TASKS.items()}.get(settings.get("task_type") or "", "lm")
-    named = {"path": settings.get("base_model_name_or_path") or "", "head": head}
-    objective = {"name": "classification" if head == "classification" else "causal_lm"}
+OBJECTIVES = {"lm": "causal_lm", "mlm": "masked_lm", "classification": "classification"}
+"""Head -> the objective that a model with it has."""
+
+
+def _open_folder(path: Path, changes: list[str], beside: Tuned | None) -> Tuned:
+    """An adapter folder of another library on the base that it names."""
+    head = adapter_folders.head_of(path)
+    given = any(change.startswith("model.path=") for change in changes)
+    named = {"path": "" if given else adapter_folders.base_of(path), "head": head}
     data = {"path": "unused", "max_length": 2}
-    begun = {"output_dir": "unused", "model": named, "data": data, "objective": objective, "method": "none"}
+    begun = {
+        "output_dir": "unused", "model": named, "data": data, "objective": {"name": OBJECTIVES[head]}, "method": "none"
+    }  # fmt: skip
     raw = load.override(begun, changes)
-    if not raw["model"]["path"]:
-        raise errors.CheckpointError(f"{path / peft.CONFIG} names no base model in base_model_name_or_path")
     shape = hf.read_config(hf.resolve(locate.model(raw["model"]["path"])))
-    found = peft_read.read(path, shape, head=head)
-    config = load.check({**raw, "method": found.specs}, str(path / peft.CONFIG))
-    parts = assemble.parts(config, assemble.opened(config), num_labels=shape.num_labels)
+    found = adapter_folders.read(path, shape, head=raw["model"]["head"])
+    config = load.check({**raw, "method": found.specs}, str(path / found_lib.CONFIG))
+    parts = assemble.parts(config, assemble.opened(config), num_labels=found.num_labels or shape.num_labels)
     loaded = _loaded(parts, beside)
     start = jax.eval_shape(parts.method.init, jax.random.key(0), loaded.params)
-    train = peft_read.trained(found, parts.method, start.train, parts.method.cuts(shape.num_layers))
+    train = found_lib.trained(found, parts.method, start.train, parts.method.cuts(shape.num_layers))
     state = jax.jit(lambda p: parts.method.init(jax.random.key(config.seed), p).state)(loaded.params)
-    state = peft_read.state_of(found, parts.method, state)
+    state = found_lib.state_of(found, parts.method, state)
     return Tuned(parts, _edited(parts, loaded.params), train, state, loaded)
 
 
@@ -136,15 +141,15 @@ NOTHING = method_lib.method("none", _nothing, _as_it_is)
 
 
 def is_run(text: str) -> bool:
-    """Whether ``text`` names a run folder, or an adapter of HF PEFT."""
-    return (Path(text) / "config.yaml").is_file() or peft_read.is_adapter(text)
+    """Whether ``text`` names a run folder, or an adapter folder of another library."""
+    return (Path(text) / "config.yaml").is_file() or adapter_folders.is_adapter(text)
 
 
 def reader(text: str) -> tuple[Any, ModelConfig]:
-    """The tokenizer and shape of a run, an adapter of HF PEFT or a model; no weights are read."""
+    """The tokenizer and shape of a run, an adapter folder or a model; no weights are read."""
     named, tokenizer = text, None
-    if peft_read.is_adapter(text):
-        named = peft_read.settings(Path(text)).get("base_model_name_or_path") or ""
+    if adapter_folders.is_adapter(text):
+        named = adapter_folders.base_of(Path(text))
     elif is_run(text):
         model = load.load(folder.find(text) / "config.yaml").model
         named, tokenizer = model.path, model.tokenizer

@@ -1,12 +1,16 @@
-"""`tunejax export RUN --output FOLDER`: the tuned model for transformers, or its adapter for HF PEFT."""
+"""`tunejax export RUN --output FOLDER`: the tuned model for transformers, or its adapter for another library."""
 
 import argparse
 from pathlib import Path
+from types import ModuleType
 
 from tunejax.config import locate
-from tunejax.core import errors
-from tunejax.interop import hf, peft
+from tunejax.core import errors, paths
+from tunejax.interop import adapterhub, hf, peft
 from tunejax.recipes import artefact, folder, runtime
+
+LIBRARIES: dict[str, ModuleType] = {"peft": peft, "adapterhub": adapterhub}
+"""Format -> what writes an adapter alone in it."""
 
 
 def main(args: argparse.Namespace) -> None:
@@ -14,12 +18,12 @@ def main(args: argparse.Namespace) -> None:
 
     Raises:
       NotLinear: an operator has no plain kernel.
-      ConfigError: the output folder holds something, or PEFT has no form for the method.
+      ConfigError: the output folder holds something, or the library has no form for the method.
     """
     output = folder.new(args.output)
     runtime.begin()
     tuned = artefact.open_run(args.run)
-    (_peft if args.format == "peft" else _merged)(output, tuned, args)
+    (_alone if args.format in LIBRARIES else _merged)(output, tuned, args)
     print(f"{output}: {tuned.parts.name} tuned by {tuned.parts.method.name}")
 
 
@@ -37,17 +41,35 @@ def _merged(output: Path, tuned: artefact.Tuned, args: argparse.Namespace) -> No
     )
 
 
-def _peft(output: Path, tuned: artefact.Tuned, args: argparse.Namespace) -> None:
+def _alone(output: Path, tuned: artefact.Tuned, args: argparse.Namespace) -> None:
     if args.dtype:
-        raise errors.ConfigError("--dtype is of merged weights; an adapter for PEFT is float32")
+        raise errors.ConfigError("--dtype is of merged weights; an adapter alone is float32")
     parts = tuned.parts
     if parts.config.model.layers or parts.config.model.random_init:
         raise errors.ConfigError(
             "the run's base is not the checkpoint as it is (model.layers, model.random_init), and "
             "an adapter alone would go on another: export it with --format hf"
         )
+    head = parts.config.model.head or "lm"
+    lost = [p for p in tuned.loaded.fresh if p not in _whole(tuned) and not _of_head(p, head)]
+    if lost:
+        raise errors.ConfigError(
+            f"the base has no {lost[0]}: the run drew it from its seed, and an adapter alone cannot carry it; "
+            "export it with --format hf"
+        )
     specs = parts.config.method if isinstance(parts.config.method, list) else [parts.config.method]
     where = locate.model(parts.config.model.path)
     base = str(parts.folder.resolve()) if Path(where).is_dir() else where
     written = peft.Tuned(specs, parts.method, tuned.base, tuned.train, tuned.state)
-    peft.write(output, written, parts.model_config, head=parts.config.model.head or "lm", base_name=base)
+    library = LIBRARIES[args.format]
+    library.write(output, written, parts.model_config, head=head, base_name=base)
+
+
+def _whole(tuned: artefact.Tuned) -> set[str]:
+    """Names of what trains, paths of what trains whole among them."""
+    parts = tuned.train.values() if tuned.parts.method.parts else [tuned.train]
+    return {path for part in parts for path in part}
+
+
+def _of_head(path: str, head: str) -> bool:
+    return any(paths.matches(glob, path) for glob in peft.HEADS.get(head, ()))

@@ -31,7 +31,7 @@ TRAINED = {"name": "pfeiffer", "width": 1}
 class Row(NamedTuple):
     """A method. share: what trains of all that a 7B Llama then has, with the defaults; masked: a mask says what.
 
-    peft: its type in HF PEFT; paper: arXiv number.
+    peft: its type in HF PEFT; hub: what AdapterHub calls it; paper: arXiv number.
     """
 
     name: str
@@ -41,6 +41,7 @@ class Row(NamedTuple):
     masked: bool
     composes: str
     peft: str | None
+    hub: str | None
     paper: str | None
 
 
@@ -62,13 +63,13 @@ def rows() -> list[Row]:
 
 def markdown(found: list[Row]) -> str:
     """The rows as the README has them."""
-    head = "| name | what trains | arguments | of a 7B Llama | together with LoRA | HF PEFT | paper |\n"
-    lines = [head, "|" + "---|" * 7 + "\n"]
+    head = "| name | what trains | arguments | of a 7B Llama | together with LoRA | HF PEFT | AdapterHub | paper |\n"
+    lines = [head, "|" + "---|" * 8 + "\n"]
     for r in found:
         paper = f"[{r.paper}](https://arxiv.org/abs/{r.paper})" if r.paper else ""
-        peft = f"`{r.peft}`" if r.peft else ""
+        peft, hub = (f"`{x}`" if x else "" for x in (r.peft, r.hub))
         share = f"{100 * r.share:.3g}%" + (", by a mask" if r.masked else "")
-        cells = (f"`{r.name}`", r.trains, f"`{r.arguments}`", share, r.composes, peft, paper)
+        cells = (f"`{r.name}`", r.trains, f"`{r.arguments}`", share, r.composes, peft, hub, paper)
         lines.append("| " + " | ".join(cells) + " |\n")
     return "".join(lines)
 
@@ -93,6 +94,7 @@ def _row(name: str) -> Row:
     shapes, start = _begun(method)
     paper = PAPER.search(opening) or PAPER.search((module.__doc__ or "").partition("\n\n")[0])
     form = portable.form_of(module, name) or portable.prompt_of(module, name) or portable.whole_of(module, name)
+    hub = portable.hub_of(module, name)
     counts = table.table(shapes, learning(method, start.train), start.edits)
     mask = start.state.get("mask") if isinstance(start.state, Mapping) else None
     kept = sum(x.size for x in jax.tree.leaves(mask)) * (parameters["density"].default if mask else 1.0)
@@ -105,6 +107,7 @@ def _row(name: str) -> Row:
         mask is not None,
         _composes(method),
         form.peft_type if form is not None else None,
+        hub.name if isinstance(hub, portable.Hub) else None,
         paper[1] if paper else None,
     )
 

@@ -14,7 +14,7 @@ from tunejax.core.method import Context, Method
 from tunejax.core.model import Batch, Model
 from tunejax.core.objective import Objective, mean
 from tunejax.core.paths import Params
-from tunejax.train import sharding
+from tunejax.train import compiler, sharding
 from tunejax.train.state import TrainState
 
 Metrics = dict[str, jax.Array]
@@ -109,7 +109,8 @@ class Step:
             # The state leaves as it came in, or the next call would compile again and donation would not reuse it.
             places = jax.tree.map(lambda x: x.sharding, state)
             out = (places, sharding.replicated(self.mesh))
-            self._compiled = jax.jit(self._update, donate_argnums=0, out_shardings=out)
+            told = compiler.options()
+            self._compiled = jax.jit(self._update, donate_argnums=0, out_shardings=out, compiler_options=told)
         return self._compiled
 
 

@@ -5,19 +5,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from tunejax.core import errors
+from tunejax.core.activations import HUGGING_FACE
 from tunejax.models import rope
 from tunejax.models.config import ModelConfig
-
-ACTIVATIONS = {
-    "silu": "silu",
-    "swish": "silu",
-    "gelu": "gelu",
-    "gelu_new": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu_fast": "gelu_tanh",
-    "relu": "relu",
-}
-"""What config.json calls an activation, and what it is called here."""
 
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_intermediate_size")
 LABELS = ("num_labels", "id2label", "label2id", "problem_type")
@@ -73,10 +63,10 @@ class Reader:
     def activation(self, key: str, default: str) -> str:
         """The activation's name here."""
         name = self.get(key, default)
-        if name not in ACTIVATIONS:
-            near = errors.did_you_mean(name, ACTIVATIONS)
+        if name not in HUGGING_FACE:
+            near = errors.did_you_mean(name, HUGGING_FACE)
             raise errors.CheckpointError(f"config.json: {key}={name!r} is not supported. {near}")
-        return ACTIVATIONS[name]
+        return HUGGING_FACE[name]
 
     def rope(self, theta: float) -> dict[str, Any]:
         """`ModelConfig` fields rope_theta and rope_scaling, from ``rope_parameters`` or the two older keys."""
@@ -99,7 +89,7 @@ class Reader:
         return tuple(sorted((k, freeze(v)) for k, v in self.contents.items() if k not in self.seen))
 
 
-def name_of(activation: str, original: Any, table: Mapping[str, str] = ACTIVATIONS) -> str:
+def name_of(activation: str, original: Any, table: Mapping[str, str] = HUGGING_FACE) -> str:
     """What config.json calls ``activation``: ``original`` where that means the same."""
     return original if table.get(original) == activation else next(k for k, v in table.items() if v == activation)
 
