@@ -19,6 +19,16 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 ROOT = Path(__file__).resolve().parent.parent
 
 
+LONGEST = ("test_processes.py", "test_matrix.py", "test_compare.py", "test_many_runs.py", "test_decode.py")
+"""A file's tests stay on one worker: with the long files first, no worker waits at the end for another."""
+
+
+def pytest_collection_modifyitems(items: list) -> None:
+    """The longest files first; the others as they were."""
+    place = {name: i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(LONGEST)))
+
+
 @pytest.fixture(scope="session")
 def assets() -> Path:
     """The folder of small real models and data sets (TUNEJAX_ASSETS, or ../shared/assets beside the project)."""
