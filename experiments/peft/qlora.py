@@ -22,6 +22,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "nf4, blocks of 64": {"name": "quantize", "kind": "nf4"},
     "nf4, blocks of 16": {"name": "quantize", "kind": "nf4", "block_size": 16},
     "LoftQ, blocks of 64": {"name": "loftq", "kind": "nf4"},
+    "LoftQ, blocks of 16": {"name": "loftq", "kind": "nf4", "block_size": 16},
 }
 LIMIT, LAST = 0.02, 20
 
