@@ -1,11 +1,13 @@
 """Virtual tokens where a template has them: what rows and batches hold, what is cut, and what is refused."""
 
+import copy
+
 import numpy as np
 import pytest
 import toys
 
 from tunejax.core import errors
-from tunejax.data import audit, corpus, options, pipeline, virtual
+from tunejax.data import audit, corpus, options, pipeline, templates, virtual
 
 P = (900, 901, 902)
 TEMPLATE = "{virtual:1}Q{prompt}{virtual:2}="
@@ -128,8 +130,19 @@ def test_truncation_shortens_the_field_and_leaves_the_template():
 def test_two_fields_lose_their_ends_the_longest_first():
     rows = [{"text": "w1 w2 w3 w4 w5", "text_pair": "w6 w7", "label": i} for i in range(2)]
     opts = {"objective": "classification", "template": "{text} w9 {text_pair}", "truncation": "end", "prompt": ()}
-    for length, expected in ((8, [8, 9, 10, 16, 13, 14]), (5, [16, 13, 14]), (4, [16, 13])):
+    for length, expected in ((8, [8, 9, 10, 16, 13, 14]), (5, [8, 16, 13]), (4, [16, 13])):
         assert load(rows, toys.encoder(), max_length=length, **opts).store[0].tokens.tolist() == [4, *expected, 5]
+
+
+def test_a_character_of_several_tokens_is_cut_whole():
+    from tokenizers import models, pre_tokenizers
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    byte = toys._fast(models.BPE({c: i for i, c in enumerate(letters)}, []), pre_tokenizers.ByteLevel(False))
+    made = templates.shortened(byte, "{text}.", {"text": "a\u00e9\u00e9"}, 5)  # 1 + 2 + 2 bytes and the point: 6
+    assert made["input_ids"] == byte("a\u00e9.")["input_ids"]
+    assert templates.shortened(byte, "{text}...", {"text": "ab"}, 2) is None
+    assert templates.shortened(byte, "abc", {}, 2) is None
 
 
 def test_a_cloze_has_its_label_at_the_mask():
@@ -143,6 +156,8 @@ def test_a_cloze_has_its_label_at_the_mask():
     (batch,) = batches(front)
     assert batch["tokens"][1, :7].tolist() == [*P, 4, 10, 6, 5]
     assert batch["loss_weights"][1].tolist() == [0, 0, 0, 0, 0, 1] + [0] * 10
+    bare = load(LABELLED, toys.characters(mask_token="~"), **{**opts, "template": "{mask}{text}", "max_length": 32})
+    assert batches(bare)[0]["loss_weights"].argmax(1).tolist() == [3, 3]
     with pytest.raises(errors.DataError, match="rows:1: found 2 mask tokens; expected the template's alone"):
         load([{"text": "w1 [MASK]", "label": "n"}], toys.encoder(), **opts)
     with pytest.raises(errors.ConfigError, match="the tokenizer has no mask token"):
@@ -195,7 +210,8 @@ def test_without_a_mark_all_stand_in_front():
 def test_a_sentencepiece_tokenizer_reads_the_text_as_beside_a_special_token(assets):
     from transformers import AutoTokenizer
 
-    tokenizer, inner = (AutoTokenizer.from_pretrained(assets / "models/stories260k") for _ in range(2))
+    tokenizer = AutoTokenizer.from_pretrained(assets / "models/stories260k")
+    inner = copy.deepcopy(tokenizer)
     inner.add_special_tokens({"additional_special_tokens": ["<one>", "<two>"]})
     ours = dict(zip(inner.convert_tokens_to_ids(["<one>", "<two>"]), (9000, 9001), strict=True))
     row, template = {"prompt": "Once upon", "completion": " a time"}, "{virtual:1}{prompt}{virtual:1}"

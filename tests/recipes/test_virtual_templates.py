@@ -186,6 +186,7 @@ def test_verbalizers_that_do_not_fit_are_refused(clozes, capsys):
         ("objective.verbalizer={n: w0}", "expected a word for each label"),
         ("objective={name: cloze}", "objective.verbalizer is None"),
         ("data.labels=[p, n]", "data.labels are ['p', 'n'], and objective.verbalizer has ['n', 'p']"),
+        ("data.template='{text}'", "data.template is '{text}'; a cloze needs one with '{mask}' once"),
         ("data.packing=true", "data.packing does not go with objective.name: cloze"),
         ("objective.word=1", "objective.word: unknown option"),
     ]:  # fmt: skip

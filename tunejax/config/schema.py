@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from tunejax.data import virtual
-from tunejax.data.options import LABELLED
+from tunejax.data.options import LABELLED, check_gap
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -301,6 +301,7 @@ class Config(Section):
         """The verbalizer's labels are the classes, in its order."""
         if self.objective.name != "cloze":
             return self
+        check_gap(self.data.template)
         words = (self.objective.model_extra or {}).get("verbalizer")
         if not isinstance(words, dict) or len(words) < 2 or not all(isinstance(w, str) for w in words.values()):
             raise ValueError(

@@ -227,12 +227,9 @@ def finish(made: formats.Encoded, opts: options.Options, rejects: bad.BadRows, r
         ids, in_loss = ids[: opts.room], in_loss[: opts.room]
     else:
         lost = False
-    if opts.inside and tuple(i for i in ids if i in opts.inside) != opts.inside:
-        rejects.add(
-            bad.LONG,
-            source,
-            f"the template's {len(opts.inside)} virtual tokens are not all left within max_length={opts.max_length}",
-        )
+    if (inside := opts.inside) and tuple(i for i in ids if i in inside) != inside:
+        message = f"the template's {len(inside)} virtual tokens are not all left within max_length={opts.max_length}"
+        rejects.add(bad.LONG, source, message)
         return []
     example = _example(made, ids, in_loss, opts)
     if not example.loss_weights.any():

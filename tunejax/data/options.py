@@ -94,9 +94,15 @@ class Options:
         virtual.check(self.template, len(self.prompt))
         if self.template is not None and not templates.fields_of(self.template):
             raise errors.ConfigError(f"template {self.template!r} has no field; expected text around '{{prompt}}'")
-        if self.objective == "cloze" and templates.fields_of(self.template or "").count(MASK) != 1:
-            raise errors.ConfigError(
-                f"template is {self.template!r}; a cloze needs one with '{{mask}}' once: '{{text}} It was {{mask}}.'"
-            )
+        if self.objective == "cloze":
+            check_gap(self.template)
         if self.labels is not None and len(set(self.labels)) != len(self.labels):
             raise errors.ConfigError(f"labels name a class twice: {', '.join(self.labels)}")
+
+
+def check_gap(template: str | None) -> None:
+    """Raises ConfigError where a template has not one gap, as a cloze needs."""
+    if templates.fields_of(template or "").count(MASK) != 1:
+        raise errors.ConfigError(
+            f"data.template is {template!r}; a cloze needs one with '{{mask}}' once: '{{text}} It was {{mask}}.'"
+        )

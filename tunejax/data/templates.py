@@ -21,20 +21,26 @@ def filled(template: str, value: Callable[[str], str | None]) -> str:
 
 
 def shortened(tokenizer: Any, template: str, fields: Mapping[str, str], room: int, fixed: tuple[str, ...] = ()) -> Any:
-    """What the tokenizer says of a filled template once its longest fields lose their ends, until it has at most
-    ``room`` tokens; None where the template alone has more. Its own words and the fields ``fixed`` stay whole (PET,
-    Schick and Schütze, 2021, arXiv:2001.07676, cuts the same).
+    """What the tokenizer says of a filled template once its fields lose their ends, token by token and the longest
+    first, until there are at most ``room`` tokens. None where too many are left without them.
+
+    The template's own words and the fields ``fixed`` stay whole.
     """
     values = dict(fields)
     free = [n for n in dict.fromkeys(fields_of(template)) if n not in fixed]
     while len((made := tokenizer(filled(template, values.get), verbose=False))["input_ids"]) > room:
-        found = {n: _spans(tokenizer, values[n]) for n in free}
-        longest = max(found, key=lambda n: len(found[n]), default="")
-        spans = found.get(longest)
-        if not spans:
+        spans = {n: _spans(tokenizer, values[n]) for n in free}
+        kept = {n: len(found) for n, found in spans.items()}
+        for _ in range(len(made["input_ids"]) - room):
+            longest = max(kept, key=lambda n: kept[n], default="")
+            if not kept.get(longest):
+                return None
+            kept[longest] -= 1
+        # Up to where the first lost token begins: a character of several tokens goes with any of them.
+        cut = {n: values[n][: spans[n][k][0]].rstrip() for n, k in kept.items() if k < len(spans[n])}
+        if all(values[n] == text for n, text in cut.items()):
             return None
-        kept = max(len(spans) - (len(made["input_ids"]) - room), 0)
-        values[longest] = values[longest][: spans[kept - 1][1] if kept else 0]
+        values |= cut
     return made
 
 

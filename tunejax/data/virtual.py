@@ -31,7 +31,7 @@ def check(template: str | None, length: int, method: str = "the method") -> None
         found = ", ".join(m[0] for m in MARK.finditer(template or ""))
         raise errors.ConfigError(
             f"data.template places {placed} virtual tokens ({found}), and {method} trains {length or 'none'}: "
-            "expected all of a method's, or no mark, and they stand in front"
+            "expected all of a method's, or no mark, where they stand in front"
         )
 
 
