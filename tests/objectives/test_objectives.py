@@ -8,7 +8,7 @@ import pytest
 from tunejax.core import errors
 from tunejax.core import method as method_lib
 from tunejax.core import model as model_lib
-from tunejax.objectives import causal_lm, classification, masked_lm
+from tunejax.objectives import causal_lm, classification, cloze, masked_lm
 
 torch = pytest.importorskip("torch")
 VOCAB, EMBED, LABELS = 50, 8, 3
@@ -81,6 +81,22 @@ def test_classification_reads_the_labelled_position_and_ignores_empty_rows():
         assert (float(right), float(of)) == (float((logits.argmax(-1).numpy() == labels[:5]).sum()), 5.0)
 
 
+def test_a_cloze_compares_the_labels_words_alone():
+    model, params = toy(VOCAB)
+    b = batch()
+    words, labels, at = [5, 2, 7], np.array([0, 1, 2, 1, 0, 2]), np.array([1, 3, 2, 0, 4, 8])
+    targets, weights = np.zeros((6, 9), np.int32), np.zeros((6, 9), np.float32)
+    targets[np.arange(6), at], weights[np.arange(5), at[:5]] = labels, 1  # the last row is empty
+    b |= {"targets": jnp.asarray(targets), "loss_weights": jnp.asarray(weights)}
+    logits = to_torch(params["table"][b["tokens"]][np.arange(5), at[:5]] @ params["head"])[:, words]
+    objective = cloze.make(verbalizer=dict(zip("abc", words, strict=True)))
+    loss, weight, metrics = objective.loss(model, params, {}, b, EVAL)
+    np.testing.assert_allclose(loss / weight, torch.nn.functional.cross_entropy(logits, torch.tensor(labels[:5])),
+                               rtol=1e-6)  # fmt: skip
+    assert float(metrics["accuracy"][0]) == (logits.argmax(-1).numpy() == labels[:5]).sum()
+    assert set(objective.scores({k: total / of for k, (total, of) in metrics.items()})) == {"accuracy", "matthews"}
+
+
 @pytest.mark.parametrize("labels", [2, 3])
 def test_matthews_is_the_correlation_of_labels_and_predictions(labels):
     model, params = toy(labels)
@@ -148,6 +164,8 @@ def test_masked_lm_hides_anew_in_training_and_alike_in_evaluation():
     (causal_lm.make, {"chunk_size": 0}),
     (masked_lm.make, {"mlm_probability": 0.0}),
     (classification.make, {"label_smoothing": -0.1}),
+    (cloze.make, {"verbalizer": {"a": 3}}),
+    (cloze.make, {"verbalizer": {"a": 3, "b": 3}}),
 ])  # fmt: skip
 def test_options_out_of_range_are_named(make, options):
     with pytest.raises(errors.ConfigError, match=next(iter(options))):

@@ -8,6 +8,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from tunejax.data import virtual
+from tunejax.data.options import LABELLED, check_gap
+
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
@@ -60,7 +63,7 @@ class DataSection(Section):
     )
     columns: dict[str, str] = Field({}, description="the name expected -> the name in the file")
     labels: list[str] | None = Field(None, description="names of the classes, in order")
-    template: str | None = Field(None, description="for prompt_completion: text around '{prompt}'")
+    template: str | None = Field(None, description="text around '{prompt}' or '{text}'; '{virtual:3}': virtual tokens")
     max_length: int = Field(512, ge=2)
     packing: bool | Literal["bfd", "first_fit", "wrapped"] = Field(False, description="several examples a row")
     group_by_length: bool = Field(False, description="batches of examples of similar length")
@@ -90,7 +93,7 @@ class ObjectiveSection(BaseModel):
     """What training minimises; further keys are options of that objective."""
 
     model_config = ConfigDict(extra="allow")
-    name: Literal["causal_lm", "masked_lm", "classification"] = "causal_lm"
+    name: Literal["causal_lm", "masked_lm", "classification", "cloze"] = "causal_lm"
 
 
 class HiddenSection(Section):
@@ -294,13 +297,35 @@ class Config(Section):
         return specs if isinstance(value, list) else specs[0]
 
     @model_validator(mode="after")
+    def _cloze_fits(self) -> "Config":
+        """The verbalizer's labels are the classes, in its order."""
+        if self.objective.name != "cloze":
+            return self
+        check_gap(self.data.template)
+        words = (self.objective.model_extra or {}).get("verbalizer")
+        if not isinstance(words, dict) or len(words) < 2 or not all(isinstance(w, str) for w in words.values()):
+            raise ValueError(
+                f"objective.verbalizer is {words!r}; expected a word for each label: {{neg: bad, pos: good}}"
+            )
+        labels = [str(label) for label in words]
+        if self.data.labels not in (None, labels):
+            raise ValueError(
+                f"data.labels are {self.data.labels}, and objective.verbalizer has {labels}: leave them out"
+            )
+        if self.distill:
+            raise ValueError("distill does not go with objective.name: cloze")
+        self.data.labels = labels
+        return self
+
+    @model_validator(mode="after")
     def _head_fits(self) -> "Config":
-        needs = {"causal_lm": "lm", "masked_lm": "mlm", "classification": "classification"}[self.objective.name]
+        heads = {"causal_lm": "lm", "masked_lm": "mlm", "classification": "classification", "cloze": "mlm"}
+        needs = heads[self.objective.name]
         if self.model.head not in (None, needs):
             raise ValueError(f"objective {self.objective.name} needs model.head: {needs}, found {self.model.head}")
         self.model.head = needs  # type: ignore[assignment]
-        if self.objective.name == "classification" and self.data.packing:
-            raise ValueError("data.packing does not go with objective.name: classification (one example a row)")
+        if self.objective.name in LABELLED and self.data.packing:
+            raise ValueError(f"data.packing does not go with objective.name: {self.objective.name} (one example a row)")
         if self.distill and self.distill.on_policy and (self.objective.name != "causal_lm" or self.data.packing):
             raise ValueError("distill.on_policy goes with objective.name: causal_lm and no data.packing")
         if self.distill and self.distill.divergence == "uld" and self.objective.name != "causal_lm":
@@ -310,6 +335,11 @@ class Config(Section):
                 "distill.cache does not go with objective.name: masked_lm, which hides other tokens each step: "
                 "name distill.teacher alone"
             )
+        if self.distill and virtual.count(self.data.template):
+            d = self.distill
+            refused = {"cache": d.cache, "on_policy": d.on_policy, "divergence: uld": d.divergence == "uld"}
+            if names := [f"distill.{name}" for name, value in refused.items() if value]:
+                raise ValueError(f"{names[0]} does not go with virtual tokens in data.template")
         if self.train.eval_steps and not self.data.eval_path:
             raise ValueError("train.eval_steps needs rows to evaluate on: set data.eval_path")
         if self.train.load_best_model_at_end and not self.data.eval_path:

@@ -68,8 +68,8 @@ class Method(NamedTuple):
     parts:   the methods that `chain` joined; empty for a single one.
     targets: the patterns that it was asked for, to report by; empty where it has none.
     rates:   (train) -> a float a leaf of train: what its learning rate is multiplied by, decay included.
-    prompt:  how many virtual tokens every example begins with: ids vocab_size, vocab_size + 1, ... that whoever makes
-             a batch or a prompt puts in front. `chain` adds them up, the first method's first.
+    prompt:  how many virtual tokens every example has: ids vocab_size, vocab_size + 1, ... that whoever makes a batch
+             or a prompt puts in front, or where a template has them. `chain` adds them up, the first method's first.
     prefix:  how many positions it takes before the first token within attention alone; the model counts them itself.
     """
 

@@ -1,8 +1,8 @@
 """What stands at an embedding table or in an attention's prefix slot where virtual tokens are trained.
 
 A soft prompt is extra vocabulary: its virtual tokens have ids from the table's last row on. Whoever makes batches
-puts these ids before each example (`core.method.Method.prompt` says how many), so positions, masks, packing and
-cached decoding need to know nothing of it.
+puts these ids before each example or into it (`core.method.Method.prompt` says how many), so positions, masks, packing
+and cached decoding need to know nothing of it.
 """
 
 from collections.abc import Iterator

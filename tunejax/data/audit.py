@@ -1,6 +1,7 @@
 """What a model will see: tokens of sample rows with what is learned and where rows are cut, and totals over all."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -43,10 +44,25 @@ def example_view(example: Example, tokenizer: Any, corpus: Corpus) -> tuple[Toke
         labels = [corpus.labels[t] if f else None for t, f in zip(example.targets.tolist(), flags, strict=True)]
     eos = tokenizer.eos_token_id if corpus.options.eos_token_id is None else corpus.options.eos_token_id
     special = {*tokenizer.all_special_ids, *(i for i, t in tokenizer.added_tokens_decoder.items() if t.special)}
-    texts = token_texts(tokenizer, ids)
-    return tuple(
-        TokenView(i, text, f, i in special, i == eos, label)
-        for i, text, f, label in zip(ids, texts, flags, labels, strict=True)
+    out: list[TokenView] = []
+    inside = corpus.options.inside
+    for soft, run in groupby(zip(ids, flags, labels, strict=True), lambda token: token[0] in inside):
+        some, learned, names = zip(*run, strict=True)
+        if soft:
+            out.append(virtual_view(some, any(learned), next(filter(None, names), None)))
+            continue
+        texts = token_texts(tokenizer, list(some))
+        out += [
+            TokenView(i, t, f, i in special, i == eos, n)
+            for i, t, f, n in zip(some, texts, learned, names, strict=True)
+        ]
+    return tuple(out)
+
+
+def virtual_view(ids: Sequence[int], in_loss: bool = False, label: str | None = None) -> TokenView:
+    """Virtual tokens that follow each other, as one."""
+    return TokenView(
+        ids[0], f"<{len(ids)} virtual token{'s' if len(ids) > 1 else ''}>", in_loss, special=True, label=label
     )
 
 
@@ -60,7 +76,7 @@ def sample_rows(loader: Loader, tokenizer: Any, count: int = 5) -> list[RowView]
     """The first rows of the loader's first batches, as they are packed and padded. No state changes."""
     out: list[RowView] = []
     prompt = loader.plan.settings.prompt
-    before = [TokenView(prompt[0], f"<{len(prompt)} virtual tokens>", False, special=True)] if prompt else []
+    before = [virtual_view(prompt)] if prompt else []
     step = 0
     while len(out) < count and step < (loader.num_steps or count):
         epoch, bins = loader.plan.batch(step)

@@ -8,10 +8,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tunejax.core import errors
-from tunejax.data import bad, formats, options, rows
+from tunejax.data import bad, formats, options, rows, templates, virtual
 from tunejax.data.example import Example, Store, shifted
 from tunejax.data.files import Row
 
+TEMPLATED = ("prompt_completion", "classification")
+"""Formats that may have a template."""
 CHUNK = 2000
 """Rows tokenised at once; bad rows are raised after each chunk."""
 
@@ -107,12 +109,12 @@ def load(
     opts = _resolved(opts, found)
     seen = sum(len(f) for f in found) + sum(rejects.skipped.values())
     report = Report([_name(s.path) for s in mixed], opts.format or "", seen)
-    specials = _ends(tokenizer, opts)
+    specials, reader = _ends(tokenizer, opts), virtual.reader(tokenizer, opts.inside)
     examples: list[Example] = []
     parts = []
     for source, one in zip(mixed, found, strict=True):
         before = len(examples)
-        examples += _examples(one, tokenizer, opts, rejects, report, specials)
+        examples += _examples(one, reader, opts, rejects, report, specials)
         parts.append((len(examples) - before, source.weight))
         if len(examples) == before:
             raise errors.DataError(f"{_name(source.path)}: no usable rows. Skipped: {rejects.describe()}")
@@ -121,7 +123,7 @@ def load(
 
 
 def _check_columns(columns: Mapping[str, str], opts: options.Options) -> None:
-    known = {*formats.FIELDS, *options.fields_of(opts.template or "")}
+    known = {*formats.FIELDS, *templates.fields_of(opts.template or "")}
     for ours in columns:
         if ours not in known:
             raise errors.ConfigError(
@@ -153,13 +155,18 @@ def _resolved(opts: options.Options, found: list[list[Row]]) -> options.Options:
     if kinds:
         new["format"] = _fitting(next(iter(kinds)), opts)
     kind = new.get("format", opts.format)
-    if (kind == "classification") != (opts.objective == "classification"):
+    if (kind == "classification") != (opts.objective in options.LABELLED):
         raise errors.ConfigError(
             f"the rows have the format {kind!r}, the objective is {opts.objective!r}: classification goes with "
-            "classification (set objective.name, data.format or data.columns)"
+            f"{' or '.join(options.LABELLED)} (set objective.name, data.format or data.columns)"
         )
     if opts.objective == "masked_lm" and kind != "text":
         raise errors.ConfigError(f"masked_lm takes the format 'text', the rows have {kind!r}")
+    if opts.inside and kind not in TEMPLATED:
+        raise errors.ConfigError(
+            f"data.template places virtual tokens, and the rows have the format {kind!r}; expected "
+            f"{' or '.join(TEMPLATED)}"
+        )
     if opts.truncation == "split" and kind != "text":
         raise errors.ConfigError(f"truncation 'split' is for the format 'text', the rows have {kind!r}")
     if kind == "classification" and opts.labels is None:
@@ -169,7 +176,7 @@ def _resolved(opts: options.Options, found: list[list[Row]]) -> options.Options:
 
 def _fitting(kind: str, opts: options.Options) -> str:
     """Labelled rows are texts too, for an objective on texts."""
-    return "text" if kind == "classification" and opts.objective != "classification" else kind
+    return "text" if kind == "classification" and opts.objective not in options.LABELLED else kind
 
 
 def _ends(tokenizer: Any, opts: options.Options) -> frozenset[int]:
@@ -209,17 +216,21 @@ def finish(made: formats.Encoded, opts: options.Options, rejects: bad.BadRows, r
     """
     source, (ids, in_loss) = made.row.source, made[:2]
     if len(ids) > opts.room and opts.truncation != "split":
-        if opts.truncation != "end":
+        if opts.truncation != "end" or (opts.template and made.label is not None):
             message = f"too long: {len(ids)} tokens, expected at most max_length={opts.max_length}"
-            if opts.prompt:
-                message += f" less {len(opts.prompt)} virtual tokens"
-            advice = "" if opts.truncation == "skip" else " (data.truncation=end cuts such rows)"
+            if opts.front:
+                message += f" less {len(opts.front)} virtual tokens"
+            advice = " (data.truncation=end cuts such rows)" if opts.truncation == "error" else ""
             rejects.add(bad.LONG, source, message + advice, skip=opts.truncation == "skip")
             return []
         lost = any(in_loss[opts.room :])
         ids, in_loss = ids[: opts.room], in_loss[: opts.room]
     else:
         lost = False
+    if (inside := opts.inside) and tuple(i for i in ids if i in inside) != inside:
+        message = f"the template's {len(inside)} virtual tokens are not all left within max_length={opts.max_length}"
+        rejects.add(bad.LONG, source, message)
+        return []
     example = _example(made, ids, in_loss, opts)
     if not example.loss_weights.any():
         why = " after it was cut to max_length" if lost else ""
@@ -236,7 +247,7 @@ def finish(made: formats.Encoded, opts: options.Options, rejects: bad.BadRows, r
 
 def _example(made: formats.Encoded, ids: list[int], in_loss: list[bool], opts: options.Options) -> Example:
     if opts.objective == "causal_lm":
-        return shifted(ids, in_loss, made.row.source)
+        return shifted(ids, in_loss, made.row.source, opts.inside)
     tokens, weights = np.asarray(ids, np.int32), np.asarray(in_loss, np.float32)
     targets = tokens if made.label is None else np.where(weights > 0, made.label, 0).astype(np.int32)
     types = None if made.token_types is None else np.asarray(made.token_types[: len(ids)], np.int32)

@@ -25,13 +25,18 @@ class Example(NamedTuple):
     token_types: np.ndarray | None = None
 
 
-def shifted(ids: list[int], in_loss: list[bool], source: str) -> Example:
+def shifted(ids: list[int], in_loss: list[bool], source: str, virtual: tuple[int, ...] = ()) -> Example:
     """The next-token example of a sequence of m ids: n = m - 1 positions, the last id is only ever a target.
 
-    in_loss: [m], whether predicting that id counts; the first id is predicted by nothing.
+    in_loss: [m], whether predicting that id counts; the first id is predicted by nothing. virtual: ids that are no
+    targets, which are 0 in their place.
     """
     sequence = np.asarray(ids, np.int32)
-    return Example(sequence[:-1], sequence[1:], np.asarray(in_loss[1:], np.float32), source)
+    targets, weights = sequence[1:], np.asarray(in_loss[1:], np.float32)
+    if virtual:
+        soft = np.isin(targets, virtual)
+        targets, weights = np.where(soft, 0, targets), np.where(soft, np.float32(0), weights)
+    return Example(sequence[:-1], targets, weights, source)
 
 
 class Store:

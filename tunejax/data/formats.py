@@ -1,10 +1,11 @@
 """Rows to token sequences, one function a format; `corpus` truncates and shifts what they return."""
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from tunejax.core import errors
-from tunejax.data import bad, chat, options
+from tunejax.data import bad, chat, options, templates
 from tunejax.data.files import Row
 
 Tokenizer = Any
@@ -164,7 +165,7 @@ def prompt_completion(
     eos = eos_id(tokenizer, opts)
     usable, prompts = [], []
     for row in rows:
-        prompt = _prompt(row, opts.template, rejects)
+        prompt = _rendered(row, "prompt", row.fields, opts.template, rejects)
         if prompt is not None and check_text(row, "completion", rejects):
             usable.append(row)
             prompts.append(prompt)
@@ -174,7 +175,8 @@ def prompt_completion(
     out = []
     for row, before, ids in zip(usable, alone, joined, strict=True):
         same = common_prefix(before, ids)
-        learned = same if opts.completion_only_loss else 0
+        # The first token of the text is predicted by nothing, also where virtual tokens stand before it.
+        learned = same if opts.completion_only_loss else 1 + common_prefix(ids, opts.inside)
         ids = ended(ids, eos)
         in_loss = [i >= learned for i in range(len(ids))]
         out.append(Encoded(ids, in_loss, row, merged=same < len(before) - closing))
@@ -198,16 +200,17 @@ def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     return n
 
 
-def _prompt(row: Row, template: str | None, rejects: bad.BadRows) -> str | None:
+def _rendered(row: Row, key: str, fields: Mapping[str, Any], template: str | None, rejects: bad.BadRows) -> str | None:
+    """The text of a field, or of a template with ``fields`` in it."""
     if template is None:
-        return row.fields["prompt"] if check_text(row, "prompt", rejects) else None
-    for name in options.fields_of(template):
-        value = row.fields.get(name)
+        return row.fields[key] if check_text(row, key, rejects) else None
+    for name in templates.fields_of(template):
+        value = fields.get(name)
         if not isinstance(value, str):
-            found = bad.kind(value) if name in row.fields else ", ".join(row.fields)
+            found = bad.kind(value) if name in fields else ", ".join(row.fields)
             rejects.add(bad.MISSING, row.source, f"the template needs text in {name!r}; found {found}")
             return None
-    return options.FIELD.sub(lambda m: row.fields[m[1]], template)
+    return templates.filled(template, fields.get)
 
 
 def messages(rows: Sequence[Row], tokenizer: Tokenizer, opts: options.Options, rejects: bad.BadRows) -> list[Encoded]:
@@ -236,21 +239,49 @@ def messages(rows: Sequence[Row], tokenizer: Tokenizer, opts: options.Options, r
 def classification(
     rows: Sequence[Row], tokenizer: Tokenizer, opts: options.Options, rejects: bad.BadRows
 ) -> list[Encoded]:
-    """{"text", "label"}, optional "text_pair": the label is the target of one position. ``opts.labels`` must be set."""
-    names = opts.labels or ()
-    paired = any("text_pair" in r.fields for r in rows)
-    usable, labels = [], []
+    """{"text", "label"}, optional "text_pair": the label is the target of one position. ``opts.labels`` must be set.
+
+    With a template there is one text, it filled, and where ``truncation`` is "end" its fields lose their ends. With
+    the objective "cloze" the labelled position is the template's mask.
+    """
+    names, cloze = opts.labels or (), opts.objective == "cloze"
+    if cloze and tokenizer.mask_token is None:
+        raise errors.ConfigError("the tokenizer has no mask token, which a cloze needs")
+    gap = {options.MASK: tokenizer.mask_token} if cloze else {}
+    paired = opts.template is None and any("text_pair" in r.fields for r in rows)
+    usable, labels, texts = [], [], []
     for row in rows:
-        fine = check_text(row, "text", rejects) and (not paired or check_text(row, "text_pair", rejects))
-        if fine and (label := _label(row, names, rejects)) is not None:
+        text = _rendered(row, "text", {**row.fields, **gap}, opts.template, rejects)
+        if text is None or (paired and not check_text(row, "text_pair", rejects)):
+            continue
+        if (label := _label(row, names, rejects)) is not None:
             usable.append(row)
             labels.append(label)
+            texts.append(text)
     pairs = [r.fields["text_pair"] for r in usable] if paired else None
     out = []
-    made = whole(tokenizer, opts, [r.fields["text"] for r in usable], pairs)
+    made = _in_templates(tokenizer, opts, usable, texts, gap) if opts.template else whole(tokenizer, opts, texts, pairs)
     for row, label, (ids, types, cut) in zip(usable, labels, made, strict=True):
-        at = 0 if opts.labelled == "first" else len(ids) - 1
+        masks = [i for i, t in enumerate(ids) if cloze and t == tokenizer.mask_token_id]
+        if cloze and len(masks) != 1:
+            rejects.add(bad.TEMPLATE, row.source, f"found {len(masks)} mask tokens; expected the template's alone")
+            continue
+        at = masks[0] if cloze else 0 if opts.labelled == "first" else len(ids) - 1
         out.append(Encoded(ids, [i == at for i in range(len(ids))], row, label, types, cut=cut))
+    return out
+
+
+def _in_templates(
+    tokenizer: Tokenizer, opts: options.Options, rows: Sequence[Row], texts: Sequence[str], gap: Mapping[str, str]
+) -> list[tuple[list[int], list[int] | None, bool]]:
+    """As `whole`, of filled templates, whose own words stay. One that does not fit alone is left too long."""
+    out = whole(tokenizer, dataclasses.replace(opts, truncation="error"), texts)
+    for i, (ids, _, _) in enumerate(out):
+        if opts.truncation == "end" and len(ids) > opts.room:
+            fields = {**rows[i].fields, **gap}
+            one = templates.shortened(tokenizer, opts.template or "", fields, opts.room, fixed=tuple(gap))
+            if one is not None:
+                out[i] = (one["input_ids"], one.get("token_type_ids"), True)
     return out
 
 

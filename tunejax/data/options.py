@@ -1,15 +1,18 @@
 """How rows become examples: the options that the readers, formats and the loader share."""
 
 import dataclasses
-import re
 from typing import Literal
 
 from tunejax.core import errors
-from tunejax.data import bad
+from tunejax.data import bad, templates, virtual
 
 Format = Literal["text", "prompt_completion", "messages", "classification"]
 FORMATS = ("text", "prompt_completion", "messages", "classification")
-OBJECTIVES = ("causal_lm", "masked_lm", "classification")
+OBJECTIVES = ("causal_lm", "masked_lm", "classification", "cloze")
+LABELLED = ("classification", "cloze")
+"""Objectives on rows with labels."""
+MASK = "mask"
+"""The field of a template where a cloze has its gap."""
 TRUNCATION = ("error", "skip", "end", "split")
 
 
@@ -19,17 +22,19 @@ class Options:
 
     format: None tells it from the fields of the first row (see `formats.detect`).
     objective: "causal_lm" shifts targets; "masked_lm" keeps whole texts whose tokens are hidden when a batch is made;
-        "classification" puts the label at one position.
+        "classification" puts the label at one position; "cloze" at the template's "{mask}".
     max_length: positions of an example at most, special tokens and ``prompt`` included.
     truncation: what a longer row is: "error" a bad row, "skip" left out and counted, "end" cut at its end, "split"
         (format text only) cut into several examples.
     append_eos: end every row with the end-of-sequence token, in the loss.
     completion_only_loss, assistant_only_loss: False: prompts and other turns are in the loss too.
-    template: for prompt_completion: text around "{prompt}"; any field of the row may stand in braces.
+    template: text around "{prompt}" (of prompt_completion) or "{text}" (of classification); any field of the row may
+        stand in braces, and "{virtual:3}" is the next three of ``prompt``.
     labels: names of the classes in order; None: those of the rows, sorted.
     labelled: the position that is classified: "first" ([CLS] of an encoder) or "last" (of a decoder).
     eos_token_id: instead of the tokenizer's.
-    prompt: ids that every example of a batch begins with, never in the loss (virtual tokens). Rows have `room` tokens.
+    prompt: ids of virtual tokens, never in the loss. They stand where the template has them, else before every example
+        of a batch; then rows have `room` tokens.
     """
 
     format: Format | None = None
@@ -48,8 +53,23 @@ class Options:
 
     @property
     def room(self) -> int:
-        """Tokens of a row at most: max_length without the prompt."""
-        return self.max_length - len(self.prompt)
+        """Tokens of a row at most: max_length without what stands in front."""
+        return self.max_length - len(self.front)
+
+    @property
+    def front(self) -> tuple[int, ...]:
+        """The virtual tokens that stand before every example, and not in rows."""
+        return virtual.front(self.template, self.prompt)
+
+    @property
+    def inside(self) -> tuple[int, ...]:
+        """The virtual tokens that the template has in every row."""
+        return self.prompt[len(self.front) :]
+
+    @property
+    def labels_first(self) -> bool:
+        """Whether an example carries its label at its first position."""
+        return self.labels is not None and self.objective == "classification" and self.labelled == "first"
 
     def __post_init__(self) -> None:
         choices = {
@@ -68,19 +88,21 @@ class Options:
             raise errors.ConfigError(f"max_length is {self.max_length}; expected 2 or more")
         if self.room < 2:
             raise errors.ConfigError(
-                f"max_length is {self.max_length}, and {len(self.prompt)} virtual tokens stand before every example; "
-                f"expected {len(self.prompt) + 2} or more"
+                f"max_length is {self.max_length}, and {len(self.front)} virtual tokens stand before every example; "
+                f"expected {len(self.front) + 2} or more"
             )
-        if self.template is not None and not fields_of(self.template):
+        virtual.check(self.template, len(self.prompt))
+        if self.template is not None and not templates.fields_of(self.template):
             raise errors.ConfigError(f"template {self.template!r} has no field; expected text around '{{prompt}}'")
+        if self.objective == "cloze":
+            check_gap(self.template)
         if self.labels is not None and len(set(self.labels)) != len(self.labels):
             raise errors.ConfigError(f"labels name a class twice: {', '.join(self.labels)}")
 
 
-FIELD = re.compile(r"\{(\w+)\}")
-"""A field of a template."""
-
-
-def fields_of(template: str) -> list[str]:
-    """The names in braces of a template."""
-    return FIELD.findall(template)
+def check_gap(template: str | None) -> None:
+    """Raises ConfigError where a template has not one gap, as a cloze needs."""
+    if templates.fields_of(template or "").count(MASK) != 1:
+        raise errors.ConfigError(
+            f"data.template is {template!r}; a cloze needs one with '{{mask}}' once: '{{text}} It was {{mask}}.'"
+        )

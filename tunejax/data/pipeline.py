@@ -15,6 +15,7 @@ from tunejax.data import packing as packs
 from tunejax.data.corpus import Corpus
 from tunejax.data.example import Example
 from tunejax.data.mlm import Masking
+from tunejax.data.options import LABELLED
 
 
 class Loader:
@@ -86,7 +87,7 @@ class Loader:
             pad_id=self._pad_id,
             example=lambda i: self.example(i, epoch),
             prompt=self.plan.settings.prompt,
-            labelled=self.plan.corpus.options.labels is not None and self.plan.corpus.options.labelled == "first",
+            labelled=self.plan.corpus.options.labels_first,
             beside=self._beside,
         )
 
@@ -170,7 +171,7 @@ def make_loader(
     threads: int = 2,
     prefetch: int = 4,
 ) -> Loader:
-    """The batches of a corpus, every example with the prompt of the corpus's options before it.
+    """The batches of a corpus, every example with the `front` of the corpus's options before it.
 
     Args:
       batch_size: rows of a global batch; each of ``shard_count`` hosts builds an equal block of them.
@@ -194,7 +195,7 @@ def make_loader(
     _check(corpus, batch_size, length, strategy, shard_index, shard_count)
     chosen = tuple(sorted(buckets)) if buckets else collate.default_buckets(length)
     settings = plan.Settings(
-        batch_size, length, strategy, seed, shuffle, group_by_length, drop_last, chosen, corpus.options.prompt
+        batch_size, length, strategy, seed, shuffle, group_by_length, drop_last, chosen, corpus.options.front
     )
     batches = plan.Plan(corpus, settings)
     if batches.batches(0) == 0:
@@ -212,13 +213,13 @@ def _check(corpus: Corpus, batch_size: int, length: int, strategy: str | None, i
         raise errors.ConfigError(
             f"packing 'wrapped' splits examples: for the format 'text', not {corpus.options.format!r}"
         )
-    if strategy and corpus.options.objective == "classification":
-        raise errors.ConfigError("packing does not go with classification, which reads one label a row")
+    if strategy and corpus.options.objective in LABELLED:
+        raise errors.ConfigError(f"packing does not go with {corpus.options.objective}, which reads one label a row")
     if batch_size < 1 or not 0 <= index < count or batch_size % count:
         raise errors.ConfigError(
             f"a batch of {batch_size} rows does not split evenly over {count} hosts (host {index})"
         )
-    longest, before = int(corpus.store.lengths.max(initial=0)), len(corpus.options.prompt)
+    longest, before = int(corpus.store.lengths.max(initial=0)), len(corpus.options.front)
     if longest + before > length and strategy != "wrapped":
         after = f" less {before} virtual tokens" if before else ""
         raise errors.DataError(f"an example of {longest} tokens is longer than max_length={length}{after}")

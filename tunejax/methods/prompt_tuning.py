@@ -38,7 +38,7 @@ def prompt_tuning(
     init_text: str | list[int] | None = None,
     init_range: float = 0.5,
 ) -> Method:
-    """Trains the rows of virtual tokens that stand before every example.
+    """Trains the rows of virtual tokens, which stand before every example or in its template.
 
     Args:
       length: how many virtual tokens.

@@ -25,11 +25,18 @@ def make(*, label_smoothing: float = 0.0, class_weights: tuple[float, ...] | Non
 
     Metrics: accuracy (unweighted by class); in evaluation also matthews, as of `matthews`.
     """
+    return objective("classification", label_smoothing, class_weights)
+
+
+def objective(
+    name: str, label_smoothing: float, class_weights: tuple[float, ...] | None, columns: tuple[int, ...] | None = None
+) -> Objective:
+    """As `make`. columns: the labels' logits among the head's, in order; None: all."""
     causal_lm.check_options(label_smoothing)
 
     def loss(model: Model, params: Params, frozen: Params, batch: Batch, ctx: Context) -> LossOutput:
         hidden, _ = model.hidden(params, batch, key=ctx.key if ctx.train else None)
-        x, labels, rows = labelled(model, params, hidden, batch)
+        x, labels, rows = labelled(model, params, hidden, batch, columns)
         weights = rows if class_weights is None else rows * jnp.asarray(class_weights, jnp.float32)[labels]
         logp = jax.nn.log_softmax(x, axis=-1)
         losses = -(1 - label_smoothing) * jnp.take_along_axis(logp, labels[:, None], axis=-1)[:, 0]
@@ -41,7 +48,7 @@ def make(*, label_smoothing: float = 0.0, class_weights: tuple[float, ...] | Non
             metrics["confusion"] = (jnp.einsum("r,rt,rs->ts", rows, true, said), jnp.sum(rows))
         return jnp.sum(weights * losses), jnp.sum(weights), metrics
 
-    return Objective("classification", {}, loss, scores)
+    return Objective(name, {}, loss, scores)
 
 
 def scores(means: dict[str, Any]) -> dict[str, Any]:
@@ -64,7 +71,9 @@ def matthews(confusion: Any) -> float:
     return float((np.trace(c) - true @ said) / np.sqrt(spread)) if spread > 1e-12 else 0.0
 
 
-def labelled(model: Model, params: Params, hidden: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
+def labelled(
+    model: Model, params: Params, hidden: jax.Array, batch: Batch, columns: tuple[int, ...] | None = None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Float32 logits [batch, labels], labels [batch] and row weights [batch] at each row's labelled position."""
     all_weights = batch["loss_weights"].astype(jnp.float32)
     at = jnp.argmax(all_weights, axis=1)[:, None]
@@ -72,4 +81,5 @@ def labelled(model: Model, params: Params, hidden: jax.Array, batch: Batch) -> t
     labels = jnp.take_along_axis(batch["targets"], at, axis=1)[:, 0]
     pooled = jnp.take_along_axis(hidden, at[..., None], axis=1)[:, 0]
     x = model.logits(model.head(params), pooled).astype(jnp.float32)
+    x = x if columns is None else x[:, np.asarray(columns)]
     return x, jnp.clip(labels, 0, x.shape[-1] - 1), rows

@@ -12,11 +12,12 @@ from tunejax.core import digest, errors, paths
 from tunejax.core.method import Method
 from tunejax.core.model import Model
 from tunejax.core.objective import Objective
+from tunejax.data import virtual
 from tunejax.interop import hf
 from tunejax.methods import registry
 from tunejax.models import build, cut
 from tunejax.models.config import ModelConfig
-from tunejax.objectives import causal_lm, classification, masked_lm
+from tunejax.objectives import causal_lm, classification, cloze, masked_lm
 from tunejax.recipes import adapter
 from tunejax.train import sharding
 
@@ -24,6 +25,7 @@ OBJECTIVES: dict[str, Callable[..., Objective]] = {
     "causal_lm": causal_lm.make,
     "masked_lm": masked_lm.make,
     "classification": classification.make,
+    "cloze": cloze.make,
 }
 
 
@@ -37,7 +39,7 @@ class Opened(NamedTuple):
 
     @property
     def prompt(self) -> tuple[int, ...]:
-        """Ids of the virtual tokens that every example begins with."""
+        """Ids of the method's virtual tokens."""
         return virtual_ids(self.method, self.model_config)
 
 
@@ -56,8 +58,13 @@ class Parts(NamedTuple):
 
     @property
     def prompt(self) -> tuple[int, ...]:
-        """Ids of the virtual tokens that every example begins with."""
+        """Ids of the method's virtual tokens."""
         return virtual_ids(self.method, self.model_config)
+
+    @property
+    def front(self) -> tuple[int, ...]:
+        """Those that stand before every example; none where the template places them."""
+        return virtual.front(self.config.data.template, self.prompt)
 
 
 class Loaded(NamedTuple):
@@ -91,6 +98,7 @@ def opened(config: schema.Config, method: Method | None = None) -> Opened:
             "kv_head_counts": list(cut.head_counts(shape, config.model.head or "lm")),
         }
         method = registry.build(config.method, lambda text: list(tokenizer(text)["input_ids"]), adapter.trained, facts)
+        virtual.check(config.data.template, method.prompt, method.name)
     if config.data.max_length + method.prefix > found.max_positions:
         raise errors.ConfigError(
             f"data.max_length is {config.data.max_length}, {method.name} takes {method.prefix} positions before it, "
@@ -169,12 +177,28 @@ def objective(config: schema.Config, tokenizer: Any) -> Objective:
             "special_token_ids": tuple(tokenizer.all_special_ids),
             **options,
         }
+    if config.objective.name == "cloze":
+        options["verbalizer"] = {
+            label: word_id(tokenizer, word, label) for label, word in options["verbalizer"].items()
+        }
     make = OBJECTIVES[config.objective.name]
     known = list(make.__kwdefaults__ or {})  # type: ignore[attr-defined]
     for key in options:
         if key not in known:
             raise errors.ConfigError(f"objective.{key}: unknown option. {errors.did_you_mean(key, known)}")
     return make(**{k: tuple(v) if isinstance(v, list) else v for k, v in options.items()})
+
+
+def word_id(tokenizer: Any, word: str, label: str) -> int:
+    """The id of a label's word. Raises ConfigError where it is not one token that the tokenizer knows."""
+    ids = tokenizer(word, add_special_tokens=False)["input_ids"]
+    if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
+        found = " ".join(tokenizer.convert_ids_to_tokens(ids)) or "no token"
+        raise errors.ConfigError(
+            f"objective.verbalizer.{label} is {word!r}, which the tokenizer reads as {found}; expected a word that is "
+            "one token of its vocabulary"
+        )
+    return ids[0]
 
 
 def shapes(p: Parts) -> paths.Params:

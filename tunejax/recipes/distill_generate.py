@@ -15,7 +15,7 @@ import numpy as np
 
 from tunejax.config import load, locate, schema
 from tunejax.core import errors
-from tunejax.data import completions
+from tunejax.data import completions, virtual
 from tunejax.data import rows as sources
 from tunejax.evaluate import exact_match
 from tunejax.generate import decode, sampling
@@ -71,6 +71,11 @@ def write(config: schema.Config, output: Path, *, count: int = 1, keep_unfinishe
     fields = _fields(config)
     prompts = [(fields[e.source], exact_match.task(e.tokens, e.targets, e.loss_weights, tuned.parts.tokenizer).prompt)
                for e in train.store]  # fmt: skip
+    if len(_front(config, tuned)) != len(tuned.parts.front):
+        raise errors.ConfigError(
+            f"distill.teacher {name} was tuned with data.template {tuned.parts.config.data.template!r}, where its "
+            f"virtual tokens stand; this data.template is {config.data.template!r}: expected the same"
+        )
     _check_room(config, tuned, max(len(prompt) for _, prompt in prompts))
     half = output.with_name(f".{output.name}.part")
     about = _about(config, name, train.store.digest, count)
@@ -117,12 +122,17 @@ def _writes(tuned: artefact.Tuned) -> bool:
 
 def _check_room(config: schema.Config, tuned: artefact.Tuned, longest: int) -> None:
     g, parts = config.generation, tuned.parts
-    taken = len(parts.prompt) + parts.method.prefix + longest
+    taken = len(_front(config, tuned)) + parts.method.prefix + longest
     if taken + g.max_new_tokens > parts.model_config.max_positions:
         raise errors.ConfigError(
             f"the longest prompt and generation.max_new_tokens={g.max_new_tokens} are {taken + g.max_new_tokens} "
             f"tokens; the teacher has {parts.model_config.max_positions} positions"
         )
+
+
+def _front(config: schema.Config, tuned: artefact.Tuned) -> tuple[int, ...]:
+    """The teacher's virtual tokens that stand before every prompt, in the template of the rows."""
+    return virtual.front(config.data.template, tuned.parts.prompt)
 
 
 def _fields(config: schema.Config) -> dict[str, dict[str, Any]]:
@@ -173,7 +183,7 @@ def _answers(
             decode.generate(
                 parts.model, tuned.params, tokens, mask, max_new_tokens=g.max_new_tokens, sampling=how,
                 stop_tokens=stops, pad_id=parts.tokenizer.pad_token_id or 0, key=jax.random.fold_in(key, i),
-                prompt=parts.prompt,
+                prompt=_front(config, tuned),
             )
         )
         for i in range(count)

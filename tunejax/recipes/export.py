@@ -50,6 +50,11 @@ def _alone(output: Path, tuned: artefact.Tuned, args: argparse.Namespace) -> Non
             "the run's base is not the checkpoint as it is (model.layers, model.random_init), and "
             "an adapter alone would go on another: export it with --format hf"
         )
+    if len(parts.front) < len(parts.prompt):
+        raise errors.ConfigError(
+            f"data.template places {len(parts.prompt)} virtual tokens in the text, and --format {args.format} has them "
+            "before it: such a run is no adapter of that library"
+        )
     head = parts.config.model.head or "lm"
     lost = [p for p in tuned.loaded.fresh if p not in _whole(tuned) and not _of_head(p, head)]
     if lost:

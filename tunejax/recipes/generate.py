@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from tunejax.core import errors
-from tunejax.data import chat, options
+from tunejax.data import chat
 from tunejax.generate import decode, sampling, stop
 from tunejax.recipes import artefact, assemble, runtime, samples
 
@@ -66,6 +66,10 @@ def ids(tuned: artefact.Tuned, prompt: str, args: argparse.Namespace) -> list[in
       ConfigError: it is longer than the model has positions for.
     """
     tokenizer, data = tuned.parts.tokenizer, tuned.parts.config.data
+    if len(tuned.parts.front) < len(tuned.parts.prompt) and (args.chat or args.raw):
+        raise errors.ConfigError(
+            f"the run's data.template places {len(tuned.parts.prompt)} virtual tokens; --chat and --raw leave it out"
+        )
     if args.chat or (data.format == "messages" and not args.raw):
         chat.template_of(tokenizer)
         turns = [{"role": "user", "content": prompt}]
@@ -73,9 +77,7 @@ def ids(tuned: artefact.Tuned, prompt: str, args: argparse.Namespace) -> list[in
             "input_ids"
         ]
     else:
-        if data.template and not args.raw:
-            prompt = options.FIELD.sub(lambda m: prompt if m[1] == "prompt" else m[0], data.template)
-        found = tokenizer(prompt)["input_ids"]
+        found = tokenizer(prompt)["input_ids"] if args.raw else samples.formed(tuned.parts, prompt)
     if room(tuned.parts, found) < 1:
         taken, limit = taken_before(tuned.parts), tuned.parts.model_config.max_positions
         beside = f", {taken} of them taken by {tuned.parts.method.name}" if taken else ""
@@ -85,7 +87,7 @@ def ids(tuned: artefact.Tuned, prompt: str, args: argparse.Namespace) -> list[in
 
 def taken_before(parts: assemble.Parts) -> int:
     """Positions that the method takes before the prompt."""
-    return len(parts.prompt) + parts.method.prefix
+    return len(parts.front) + parts.method.prefix
 
 
 def room(parts: assemble.Parts, prompt: list[int]) -> int:
@@ -107,7 +109,7 @@ def text(tuned: artefact.Tuned, prompt: list[int], how: sampling.Sampling, count
         stop_tokens=stops,
         pad_id=parts.tokenizer.pad_token_id or 0,
         key=key,
-        prompt=parts.prompt,
+        prompt=parts.front,
     ):
         yield shown.push(int(row[0]))
     yield shown.finish()

@@ -109,12 +109,13 @@ def texts(
         raise errors.ConfigError(f"the runs are tuned for {first.config.objective.name}; they write no text")
     tokens = [generate.ids(served.runs[i], p, args) for i, p in zip(ids, prompts, strict=True)]
     count = args.max_new_tokens or first.config.generation.max_new_tokens
-    left = min(generate.room(first, t) for t in tokens)
+    left = min(generate.room(served.runs[i].parts, t) for i, t in zip(ids, tokens, strict=True))
+    tokens = [[*served.runs[i].parts.front, *t] for i, t in zip(ids, tokens, strict=True)]
     width = max(map(len, tokens))
     new = decode.generate(
         served.model, params, *exact_match.left_padded(tokens, width), max_new_tokens=min(count, left), sampling=how,
         stop_tokens=samples.stop_tokens(first), pad_id=first.tokenizer.pad_token_id or 0,
-        key=jax.random.key(args.seed), prompt=first.prompt,
+        key=jax.random.key(args.seed),
     )  # fmt: skip
     for row in np.asarray(new):
         yield first.tokenizer.decode([int(x) for x in row], skip_special_tokens=True)

@@ -54,7 +54,7 @@ def read(config: schema.Config, tokenizer: Any, kind: str, prompt: tuple[int, ..
 
     Args:
       kind: of the model, "encoder" or "decoder".
-      prompt: ids that every example begins with.
+      prompt: ids of the method's virtual tokens.
 
     Raises:
       DataError: a bad row, or none; every one that is found is named by file and line.

@@ -10,7 +10,8 @@ import numpy as np
 
 from tunejax.config import schema
 from tunejax.core.method import Context
-from tunejax.data import completions
+from tunejax.data import completions, templates, virtual
+from tunejax.data.options import LABELLED
 from tunejax.evaluate import exact_match, scores
 from tunejax.recipes import assemble, folder, rows
 from tunejax.train import evaluation
@@ -34,7 +35,7 @@ class Judge(NamedTuple):
         found: dict[str, float] = {}
         if self.batches is not None:
             found = evaluation.evaluate(self.step, state, base, self.batches())
-            if self.parts.config.model.head != "classification":
+            if self.parts.config.objective.name not in LABELLED:
                 found = scores.with_perplexity(found)
         params = self.parts.method.bind(base, state.train, state.state, Context())
         said = list(self.answers(params)) if single_process() else []
@@ -75,13 +76,23 @@ class Judge(NamedTuple):
         if not prompts or not generates(self.parts) or not single_process():
             return []
         tokenizer = self.parts.tokenizer
-        ids = [tokenizer(p)["input_ids"] for p in prompts]
+        ids = [formed(self.parts, p) for p in prompts]
         width = -(-max(map(len, ids)) // exact_match.ROUND) * exact_match.ROUND
         new = generator(self.parts, params)(*completions.left_padded(ids, width))
         return [
             (p, tokenizer.decode(list(map(int, r)), skip_special_tokens=True))
             for p, r in zip(prompts, new, strict=True)
         ]
+
+
+def formed(parts: assemble.Parts, prompt: str) -> list[int]:
+    """The tokens of a prompt, in the template of the run's rows if they have one."""
+    template = parts.config.data.template
+    if not template:
+        return list(parts.tokenizer(prompt)["input_ids"])
+    inside = parts.prompt[len(parts.front) :]
+    text = templates.filled(template, {"prompt": prompt}.get)
+    return list(virtual.reader(parts.tokenizer, inside)(text)["input_ids"])
 
 
 def before(judge: Judge, state: TrainState, base: Any, out: Path) -> dict[str, float]:
@@ -110,7 +121,7 @@ def generator(parts: assemble.Parts, params: Any) -> Callable[[Any, Any], Any]:
             stop_tokens=stop_tokens(parts),
             pad_id=parts.tokenizer.pad_token_id or 0,
             key=jax.random.key(parts.config.seed),
-            prompt=parts.prompt,
+            prompt=parts.front,
         )
 
     return generate

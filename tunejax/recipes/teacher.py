@@ -196,7 +196,7 @@ def on_policy(parts: assemble.Parts, rows: Corpus | None) -> policy.Options | No
         samples.stop_tokens(parts),
         parts.config.data.max_length,
         parts.tokenizer.pad_token_id or 0,
-        parts.prompt,
+        parts.front,
         parts.config.seed,
     )
 
@@ -233,19 +233,21 @@ def _blind(model: Model, parts: assemble.Parts) -> Model:
 
     def hidden(params: Params, batch: Batch, **options: Any) -> Any:
         size = parts.model_config.vocab_size  # the student's, from which its virtual tokens count
-        return model.hidden(params, without_prompt(batch, size, parts.method.prompt), **options)
+        return model.hidden(params, without_virtual(batch, size), **options)
 
     return model._replace(hidden=hidden)
 
 
-def without_prompt(batch: Batch, vocab_size: int, prompt: int) -> dict[str, Any]:
-    """``batch`` with the virtual tokens as padding, and the tokens after them counted from 0."""
+def without_virtual(batch: Batch, vocab_size: int) -> dict[str, Any]:
+    """``batch`` with the virtual tokens as padding, and the positions of what is left without them."""
     virtual = batch["tokens"] >= vocab_size
+    count = jnp.cumsum(virtual, axis=1)
+    before = jax.lax.cummax(jnp.where(batch["positions"] == 0, count - virtual, 0), axis=1)  # in the row, not the text
     return {
         **batch,
         "tokens": jnp.where(virtual, 0, batch["tokens"]),
         "segment_ids": jnp.where(virtual, 0, batch["segment_ids"]),
-        "positions": jnp.maximum(batch["positions"] - prompt, 0),
+        "positions": jnp.maximum(batch["positions"] - (count - before), 0),
     }
 
 
