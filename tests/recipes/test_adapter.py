@@ -97,7 +97,8 @@ def test_an_adapter_of_peft_without_a_base_says_so(tmp_path):
 def test_what_an_adapter_alone_cannot_carry_is_told(library, tmp_path):
     """A pooler that neither the base nor the folder has."""
     model = SimpleNamespace(layers=None, random_init=False, head="classification")
-    parts = SimpleNamespace(config=SimpleNamespace(model=model), method=SimpleNamespace(parts=()))
+    config, method = SimpleNamespace(model=model), SimpleNamespace(parts=())
+    parts = SimpleNamespace(config=config, method=method, prompt=(), front=())
     fresh = ["classifier/kernel", "pooler/kernel"]
     tuned = SimpleNamespace(parts=parts, loaded=SimpleNamespace(fresh=fresh), train={"layers/0/mlp/down/kernel": {}})
     with pytest.raises(errors.ConfigError, match="no pooler/kernel"):
