@@ -130,10 +130,10 @@ def picture(points: list[dict[str, Any]], path: Path, title: str) -> None:
 
     figure, axes = pyplot.subplots(figsize=(5.5, 3.6), layout="constrained")
     for recipe in RECIPES[1:]:
-        own = sorted((p["parameters"], p["perplexity"]) for p in points if p["recipe"] == recipe)
+        own = sorted((p["parameters"] / 1e3, p["perplexity"]) for p in points if p["recipe"] == recipe)
         axes.plot(*zip(*own, strict=True), marker="o", label=recipe)
     axes.axhline(points[0]["perplexity"], linestyle="--", color="grey", linewidth=1, label="the whole model, tuned")
-    axes.set_xlabel("parameters")
+    axes.set_xlabel("thousands of parameters")
     axes.set_ylabel("perplexity of held-out rows")
     axes.set_yscale("log")
     axes.set_title(title)
