@@ -4,7 +4,6 @@ What a method's arrays are called there its module says in ``ADAPTERHUB`` (`core
 user's own file is written too. Keys are "<module>.adapters.<name>.<tensor>", in torch's layout (`hub_slots`).
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +17,7 @@ from tunejax.interop import hub_config, hub_slots, modules, tensors
 from tunejax.interop.found import CONFIG
 from tunejax.interop.hub_slots import PLACES, Slot
 from tunejax.interop.modules import Site
-from tunejax.interop.peft import HEADS, Tuned
+from tunejax.interop.peft import HEADS, Tuned, links
 from tunejax.methods import registry
 from tunejax.models.config import ModelConfig
 from tunejax.models.families import registry as families
@@ -53,12 +52,8 @@ def write(folder: Path, tuned: Tuned, config: ModelConfig, *, head: str, base_na
             tensors.write_arrays(new / hub_slots.HEAD_WEIGHTS, values)
             labels = {k: written[k] for k in ("label2id",) if k in written}
             labels |= {"num_labels": config.num_labels} if labels else {}
-            _write_json(new / hub_slots.HEAD_CONFIG, {**about, **labels, "name": None, "config": None})
-        _write_json(new / CONFIG, {**about, "name": NAME, "config": entries})
-
-
-def _write_json(file: Path, value: Mapping[str, Any]) -> None:
-    file.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+            tensors.write_json(new / hub_slots.HEAD_CONFIG, {**about, **labels, "name": None, "config": None})
+        tensors.write_json(new / CONFIG, {**about, "name": NAME, "config": entries})
 
 
 class _Part(NamedTuple):
@@ -73,7 +68,6 @@ class _Part(NamedTuple):
 
 def _parts(tuned: Tuned) -> tuple[list[_Part], dict[str, Any]]:
     """The chain's adapters, and the values by path that train whole."""
-    methods = tuned.method.parts or (tuned.method,)
     adapters: list[_Part] = []
     whole: dict[str, Any] = {}
     for spec in tuned.specs:
@@ -81,14 +75,7 @@ def _parts(tuned: Tuned) -> tuple[list[_Part], dict[str, Any]]:
         refused = portable.hub_of(module, name)
         if isinstance(refused, portable.NoForm):
             raise errors.ConfigError(f"AdapterHub has no exact form for {name}: {refused.why} ({hub_config.DETAILS})")
-    if len(methods) > len(tuned.specs):  # a name that stands for a chain
-        raise errors.ConfigError(
-            f"AdapterHub has no form for {tuned.method.name}: one name of the config is a chain of several"
-        )
-    for i, (spec, m) in enumerate(zip(tuned.specs, methods, strict=True)):
-        key = f"{i}:{m.name}"
-        train, state = (t[key] if tuned.method.parts else t for t in (tuned.train, tuned.state))
-        name, arguments, module = registry.resolved(spec)
+    for name, arguments, module, train, state in links(tuned, "AdapterHub"):
         form = portable.hub_of(module, name)
         if isinstance(form, portable.Hub):
             sites = {p: {k: np.asarray(x, np.float32) for k, x in arrays.items()} for p, arrays in train.items()}

@@ -5,7 +5,6 @@ called there its module says in ``PEFT`` (`core.portable.Form`), so a method of 
 What trains whole (`full`, `last_k`, `bitfit`) goes as PEFT's ``modules_to_save``: the whole of each module it touches.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,6 +40,31 @@ class Tuned(NamedTuple):
     state: Any
 
 
+class Link(NamedTuple):
+    """One method of a chain. module: that defines it; train, state: its own part of what the chain trained."""
+
+    name: str
+    arguments: dict[str, Any]
+    module: Any
+    train: Any
+    state: Any
+
+
+def links(tuned: Tuned, library: str) -> list[Link]:
+    """The methods of a chain, or the one there is. Raises ConfigError where a name stands for several."""
+    methods = tuned.method.parts or (tuned.method,)
+    if len(methods) > len(tuned.specs):
+        raise errors.ConfigError(
+            f"{library} has no form for {tuned.method.name}: one name of the config is a chain of several"
+        )
+    out = []
+    for i, (spec, m) in enumerate(zip(tuned.specs, methods, strict=True)):
+        key = f"{i}:{m.name}"
+        train, state = (t[key] if tuned.method.parts else t for t in (tuned.train, tuned.state))
+        out.append(Link(*registry.resolved(spec), train, state))
+    return out
+
+
 def write(folder: Path, tuned: Tuned, config: ModelConfig, *, head: str, base_name: str) -> None:
     """Writes an adapter that `peft.PeftModel.from_pretrained` loads onto the same base: the whole folder or nothing.
 
@@ -72,7 +96,7 @@ def write(folder: Path, tuned: Tuned, config: ModelConfig, *, head: str, base_na
     }
     with tensors.whole_folder(folder) as new:
         tensors.write_arrays(new / WEIGHTS, arrays | saved)
-        (new / CONFIG).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        tensors.write_json(new / CONFIG, settings)
 
 
 class _Part(NamedTuple):
@@ -91,19 +115,11 @@ Slots = list[tuple[portable.Whole, Mapping[str, Any]]]
 def _parts(tuned: Tuned, config: ModelConfig) -> tuple[list[_Part], list[peft_prompts.Written], dict[str, Any], Slots]:
     """The chain's adapters, its prompts as they are written, the values by path that train whole, and those of these
     that have a type of their own."""
-    methods = tuned.method.parts or (tuned.method,)
     adapters: list[_Part] = []
     prompts: list[peft_prompts.Written] = []
     whole: dict[str, Any] = {}
     slots: Slots = []
-    if len(methods) > len(tuned.specs):  # a name that stands for a chain
-        raise errors.ConfigError(
-            f"PEFT has no form for {tuned.method.name}: one name of the config is a chain of several"
-        )
-    for i, (spec, m) in enumerate(zip(tuned.specs, methods, strict=True)):
-        key = f"{i}:{m.name}"
-        train, state = (t[key] if tuned.method.parts else t for t in (tuned.train, tuned.state))
-        name, arguments, module = registry.resolved(spec)
+    for name, arguments, module, train, state in links(tuned, "PEFT"):
         form, prompt = portable.form_of(module, name), portable.prompt_of(module, name)
         if prompt is not None:
             prompts.append(peft_prompts.write(name, prompt, train, config))

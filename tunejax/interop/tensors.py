@@ -183,6 +183,11 @@ def write_arrays(file: Path, arrays: Mapping[str, np.ndarray]) -> None:
     write_file(file, [Out(k, x.dtype, x.shape, functools.partial(np.asarray, x)) for k, x in arrays.items()])
 
 
+def write_json(file: Path, value: Mapping[str, Any]) -> None:
+    """Writes a mapping as indented JSON with sorted keys."""
+    file.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
 def write_folder(folder: Path, tensors: Iterable[Out], max_shard_size: int) -> list[str]:
     """Writes model.safetensors, or shards of at most ``max_shard_size`` bytes and their index; returns the names."""
     shards: list[list[Out]] = [[]]

@@ -3,6 +3,7 @@
 import argparse
 import json
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,18 +39,27 @@ def scores(parts: assemble.Parts, base: paths.Params, train: Any = None, method_
 
     train, method_state: of the parts' method; empty unless given.
     """
+    return judge(parts)(base, train or {}, method_state or {})
+
+
+def judge(parts: assemble.Parts) -> Callable[[paths.Params, Any, Any], dict[str, Any]]:
+    """(base, train, state) of the parts' method -> `scores`; the rows are read and the program compiled once."""
     config = parts.config
     if not config.data.eval_path:
         raise errors.ConfigError("no rows to evaluate on: set data.eval_path")
     held_out = rows.read_held_out(config, parts.tokenizer, parts.model_config.kind, parts.prompt)
     sizes = settings.batches(config, parts.mesh)
     one = step.make_step(parts.model, parts.method, parts.objective, optax.identity(), mesh=parts.mesh)
-    own = (train or {}, method_state or {})
-    now = state.TrainState(jnp.zeros((), jnp.int32), *own, (), jax.random.key(0), jnp.zeros(2, jnp.int32))
     batches = rows.evaluation_batches(config, held_out, sizes, parts.tokenizer)
-    judge = samples.Judge(parts, one, held_out, batches)
-    with tempfile.TemporaryDirectory() as scratch:
-        return {**judge(now, base, Path(scratch), "now"), "rows": len(held_out.held_out or ())}
+    asks = samples.Judge(parts, one, held_out, batches)
+
+    def measure(base: paths.Params, train: Any, method_state: Any) -> dict[str, Any]:
+        zero, key = jnp.zeros((), jnp.int32), jax.random.key(0)
+        now = state.TrainState(zero, train, method_state, (), key, jnp.zeros(2, jnp.int32))
+        with tempfile.TemporaryDirectory() as scratch:
+            return {**asks(now, base, Path(scratch), "now"), "rows": len(held_out.held_out or ())}
+
+    return measure
 
 
 def count_labels(config: schema.Config) -> int | None:

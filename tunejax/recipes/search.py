@@ -10,7 +10,6 @@ import hashlib
 import itertools
 import json
 import random
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,15 +17,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from tunejax import plots
 from tunejax.core import errors, gradual, masked, paths, units
 from tunejax.core import method as methods
 from tunejax.models import cut
 from tunejax.models.config import ModelConfig
-from tunejax.recipes import artefact, folder, rows, samples, settings
-from tunejax.train import state, step
+from tunejax.recipes import artefact, folder
+from tunejax.recipes import evaluate as evaluation
 
 TRIED = "search.jsonl"
 Choice = tuple[int, ...]
@@ -228,19 +226,12 @@ def judge(
         raise errors.ConfigError("no rows to search by: set data.eval_path")
     says = {"exact_match": asked.metric == "exact_match"}
     quiet = config.generation.model_copy(update={"num_samples": 0, "prompts": []})
-    evaluation = config.evaluation.model_copy(update=says)
-    config = config.model_copy(update={"generation": quiet, "evaluation": evaluation})
-    held_out = rows.read_held_out(config, parts.tokenizer, parts.model_config.kind, parts.prompt)
-    parts = parts._replace(config=config, method=methods.method("masks", _nothing, _put))
-    one = step.make_step(parts.model, parts.method, parts.objective, optax.identity(), mesh=parts.mesh)
-    batches = rows.evaluation_batches(config, held_out, settings.batches(config, parts.mesh), parts.tokenizer)
-    asks = samples.Judge(parts, one, held_out, batches)
-    zero, key = jnp.zeros((), jnp.int32), jax.random.key(0)
+    config = config.model_copy(update={"generation": quiet, "evaluation": config.evaluation.model_copy(update=says)})
+    masking = methods.method("masks", _nothing, _put)._replace(prompt=parts.method.prompt)
+    asks = evaluation.judge(parts._replace(config=config, method=masking))
 
     def measure(kept: dict[str, int]) -> dict[str, float]:
-        now = state.TrainState(zero, {}, masks(scores, kept), (), key, jnp.zeros(2, jnp.int32))
-        with tempfile.TemporaryDirectory() as scratch:
-            return asks(now, bare, Path(scratch), "now")
+        return {k: x for k, x in asks(bare, {}, masks(scores, kept)).items() if k != "rows"}
 
     return measure
 
