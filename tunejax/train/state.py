@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from tunejax.core import method as method_lib
 from tunejax.core.model import Model
 from tunejax.core.paths import Params
-from tunejax.train import sharding
+from tunejax.train import compiler, sharding
 
 PyTree = Any
 
@@ -59,7 +59,8 @@ def start(
     """
     params = sharding.shard_params(mesh, rules, model.axes, params)
     begin, _, places = _beginning(model, method, optimizer, params, key, mesh, rules)
-    begun, opt_state, (step, nonfinite, run_key) = jax.jit(begin, out_shardings=places)(key, params)
+    program = jax.jit(begin, out_shardings=places, compiler_options=compiler.options(once=True))
+    begun, opt_state, (step, nonfinite, run_key) = program(key, params)
     base = method_lib.apply_edits(params, begun.edits)
     return TrainState(step, begun.train, begun.state, opt_state, run_key, nonfinite), base
 
