@@ -161,6 +161,12 @@ DATA = [
     Case("invalid UTF-8", train(), ["train.jsonl:1", "UTF-8"], write("train.jsonl", b'{"prompt": "\xff"}\n')),
     Case("no format fits", train(), ["no format"], write("train.jsonl", '{"q": "a", "a": "b"}\n')),
     Case("unknown column", train("data.columns={prompt: pormpt}"), ["pormpt", "Did you mean 'prompt'"]),
+    Case(
+        "template for rows that take none",
+        train("data.template='{text} now'"),
+        ["data.template", "'text'", "prompt_completion"],
+        write("train.jsonl", '{"text": "red cat"}\n'),
+    ),
     Case("only skipped rows", train("data.on_bad_row=skip"), ["no usable rows"], only_bad),
     Case("bad held-out rows", train(), ["eval.jsonl:1"], write("eval.jsonl", '{"prompt": "a"}\n')),
     Case("damaged gzip", train("data.path=DIR/x.jsonl.gz"), ["gzip"], write("x.jsonl.gz", b"not gzip")),

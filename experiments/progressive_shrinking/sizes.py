@@ -36,6 +36,7 @@ def main() -> None:
     parser.add_argument("--assets", default=os.environ.get("TUNEJAX_ASSETS", "../shared/assets"))
     parser.add_argument("--models", nargs="+", choices=["embedded", "stories"], default=["embedded", "stories"])
     parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--masking", type=int, help="updates from the first mask to the last; half of all unless told")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/shrinking_sizes"))
     args = parser.parse_args()
@@ -78,14 +79,17 @@ def stories(assets: Path) -> tuple[str, dict[str, Any]]:
 def run(name: str, model: str, data: dict[str, Any], recipe: str, part: float, args: Any) -> dict[str, float]:
     """Parameters once cut, and perplexity on held-out rows, of one run."""
     shrink = {"name": "shrink", "keep": DIMENSIONS, "parameters": part, "every": 10, "kv_head_counts": None}
+    masking = args.masking or args.steps // 2
     taught = {"teacher": model, "alpha": 0.5, "temperature": 1.0}
     method, own = {
         "whole": ([{"name": "full"}], {}),
-        "shrunk by degrees, taught": ([{"name": "full"}, {**shrink, "begin": 20, "steps": args.steps // 2}], taught),
+        "shrunk by degrees, taught": ([{"name": "full"}, {**shrink, "begin": 20, "steps": masking}], taught),
         "one stroke, tuned": ([{"name": "full"}, {**shrink, "begin": 20, "schedule": "one_shot"}], {}),
         "from scratch": ([{"name": "full"}, {**shrink, "every": 1, "schedule": "one_shot"}], {}),
     }[recipe]
     out = args.out / name / f"{recipe.replace(',', '').replace(' ', '-')}-{part:g}-{args.seed}"
+    if recipe == RECIPES[1] and args.masking:
+        out = out.with_name(f"{out.name}-masking-{masking}")
     raw = {
         "output_dir": str(out),
         "seed": args.seed,

@@ -197,7 +197,8 @@ def test_templates_that_are_refused(template, message):
 
 def test_rows_without_a_template_are_refused():
     with pytest.raises(
-        errors.ConfigError, match="the rows have the format 'text'; expected prompt_completion or class"
+        errors.ConfigError,
+        match="the rows have the format 'text', which takes none; expected prompt_completion or class",
     ):
         load([{"text": "ab"}])
 

@@ -162,10 +162,10 @@ def _resolved(opts: options.Options, found: list[list[Row]]) -> options.Options:
         )
     if opts.objective == "masked_lm" and kind != "text":
         raise errors.ConfigError(f"masked_lm takes the format 'text', the rows have {kind!r}")
-    if opts.inside and kind not in TEMPLATED:
+    if opts.template is not None and kind not in TEMPLATED:
         raise errors.ConfigError(
-            f"data.template places virtual tokens, and the rows have the format {kind!r}; expected "
-            f"{' or '.join(TEMPLATED)}"
+            f"data.template is set, and the rows have the format {kind!r}, which takes none; expected "
+            f"{' or '.join(TEMPLATED)} (set data.format or data.columns, or leave the template out)"
         )
     if opts.truncation == "split" and kind != "text":
         raise errors.ConfigError(f"truncation 'split' is for the format 'text', the rows have {kind!r}")

@@ -1,0 +1,146 @@
+"""The sizes of one supernet beside the same sizes trained alone, each with the compute that the supernet spent on it.
+
+    python experiments/progressive_shrinking/supernet.py [--steps 400] [--seeds 0 1 2]
+
+Embedded model, the quickstart's task. A step of the supernet takes three micro-batches of 16 rows: one for the whole
+network, one for the smallest, one for a size between, at random. Alone, so, the two ends take as many steps of 16 rows,
+and of the sizes between each its share of them. What is alone begins with the units that the supernet keeps, and
+with all other weights as pretrained. Runs are kept in folders, and the same command goes on.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+from tunejax.config import load
+from tunejax.recipes import artefact, evaluate, train
+
+KEEP = {"heads": 0.5, "mlp": 0.5, "hidden": 0.72}
+"""Of the smallest size."""
+SIZES, ROWS = 5, 16
+POINTS = 1.0
+"""By which a size may be below the same size alone."""
+
+
+def main() -> int:
+    """Trains what is not trained yet, writes table and picture; 1 where a size falls short."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--no-teacher", action="store_true", help="the supernet learns from the rows alone")
+    parser.add_argument("--generous", action="store_true", help="alone, a size between takes all steps, not its share")
+    parser.add_argument("--out", type=Path, default=Path("runs/supernet"))
+    args = parser.parse_args()
+    both: dict[str, list[list[float]]] = {"supernet": [], "alone": []}
+    for seed in args.seeds:
+        both["alone"].append([alone(i, seed, args) for i in range(SIZES)])
+        both["supernet"].append(together(seed, args))
+        (args.out / "sizes.json").write_text(json.dumps(both, indent=1))
+        print(table(both), flush=True)
+    picture(both, args.out / "sizes.png")
+    print(f"picture: {args.out / 'sizes.png'}")
+    short = [i for i, apart in enumerate(margins(both)) if apart < -POINTS]
+    print(f"more than {POINTS:g} point below alone: " + (", ".join(f"size {i}" for i in short) or "none"))
+    return 1 if short else 0
+
+
+def together(seed: int, args: Any) -> list[float]:
+    """Exact match in percent of each size of the supernet of a seed."""
+    out = args.out / f"supernet-{seed}"
+    taught = {"teacher": str(args.out / f"alone-0-{seed}"), "alpha": 0.5, "temperature": 1.0}
+    supernet = {"name": "supernet", "keep": KEEP, "sizes": SIZES}
+    run(out, seed, args, args.steps, [supernet], parts=3, more={} if args.no_teacher else {"distill": taught})
+    found = out / "sizes.json"
+    if not found.is_file():
+        tuned = [artefact.open_run(str(out), [f"method.1.size={i}"]) for i in range(SIZES)]
+        scores = [evaluate.scores(t.parts, t.base, t.train, t.state)["exact_match"] for t in tuned]
+        found.write_text(json.dumps([100 * x for x in scores]))
+    return json.loads(found.read_text())
+
+
+def alone(i: int, seed: int, args: Any) -> float:
+    """Exact match in percent of size i of a seed, trained by itself."""
+    kept = {name: 1 - i / (SIZES - 1) * (1 - part) for name, part in KEEP.items()}
+    cut = {"name": "shrink", "keep": kept, "importance": "magnitude", "schedule": "one_shot", "every": 1}
+    whole = args.generous or i in (0, SIZES - 1)
+    steps = args.steps if whole else round(args.steps / (SIZES - 2))
+    return (
+        100
+        * run(
+            args.out / f"alone-{i}-{seed}{'-generous' * (args.generous and 0 < i < SIZES - 1)}",
+            seed,
+            args,
+            steps,
+            [cut] if i else [],
+        )["eval_exact_match"]
+    )
+
+
+def run(out: Path, seed: int, args: Any, steps: int, after: list[dict], parts: int = 1, more: Any = None) -> dict:
+    """The summary of full tuning with the methods ``after`` it; ``parts`` micro-batches a step."""
+    raw = {
+        "output_dir": str(out),
+        "seed": seed,
+        "model": {"path": "embedded"},
+        "data": {
+            "path": "embedded:tasks/errands_train.jsonl", "eval_path": "embedded:tasks/errands_eval.jsonl",
+            "template": "<|user|>{prompt}<|assistant|>", "max_length": 96,
+        },
+        "method": [{"name": "full"}, *after],
+        "train": {
+            "learning_rate": args.learning_rate, "max_steps": steps, "train_batch_size": ROWS * parts,
+            "gradient_accumulation_steps": parts, "lr_scheduler_type": "cosine", "warmup_ratio": 0.05,
+            "report_to": "none",
+        },
+        "generation": {"max_new_tokens": 8, "num_samples": 0},
+        **(more or {}),
+    }  # fmt: skip
+    summary = train.run(load.check(raw, out.name))
+    if "eval_exact_match" not in summary:
+        sys.exit(f"{out}: stopped; the same command goes on")
+    return summary
+
+
+def margins(both: dict[str, list[list[float]]]) -> list[float]:
+    """Points by which each size of the supernet is above the same size alone, means over seeds."""
+    means = {name: [statistics.mean(x) for x in zip(*rows, strict=True)] for name, rows in both.items()}
+    return [a - b for a, b in zip(means["supernet"], means["alone"], strict=True)]
+
+
+def table(both: dict[str, list[list[float]]]) -> str:
+    """Markdown: a row a size, with every seed's exact match."""
+    lines = ["| size | in the supernet | alone | apart |", "|---:|---|---|---:|"]
+    for i, apart in enumerate(margins(both)):
+        cells = [", ".join(f"{seed[i]:.1f}" for seed in both[name]) for name in ("supernet", "alone")]
+        lines.append(f"| {i} | {' | '.join(cells)} | {apart:+.1f} |")
+    return "\n".join(lines)
+
+
+def picture(both: dict[str, list[list[float]]], path: Path) -> None:
+    """Means over seeds by size, with the least and the greatest."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(5.5, 3.6), layout="constrained")
+    for name, rows in both.items():
+        seeds = list(zip(*rows, strict=True))
+        mean = [statistics.mean(x) for x in seeds]
+        spread = [[m - min(x) for m, x in zip(mean, seeds, strict=True)],
+                  [max(x) - m for m, x in zip(mean, seeds, strict=True)]]  # fmt: skip
+        axes.errorbar(range(SIZES), mean, yerr=spread, marker="o", capsize=3, label=name)
+    axes.set_xlabel("size (0 is the whole network)")
+    axes.set_xticks(range(SIZES))
+    axes.set_ylabel("exact match on held-out rows, percent")
+    axes.legend()
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
