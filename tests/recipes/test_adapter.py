@@ -41,7 +41,8 @@ def test_arrays_and_spec_come_back(saved):
 
 def test_what_a_run_trained_is_read_as_the_methods_train(saved):
     saved.rename(saved.parent / "adapter")
-    found = adapter.trained(str(saved.parent))
+    found, method = adapter.trained(str(saved.parent))
+    assert method == "x"
     jax.tree.map(np.testing.assert_array_equal, found, {"0:x": {k: v for k, v in tree()["0:x"].items() if k != "none"}})
 
 

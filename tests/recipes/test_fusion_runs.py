@@ -31,8 +31,18 @@ def test_two_runs_and_what_fuses_them(tmp_path, monkeypatch, capsys):
     folders = [str(tmp_path / f"width{w}") for w in (2, 3)]
     assert run("fused", {"name": "adapter_fusion", "adapters": folders}) == 0
     tuned = artefact.open_run(str(tmp_path / "fused"))
-    jax.tree.map(np.testing.assert_array_equal, tuned.state, fusion.fuse([adapter.trained(f) for f in folders]))
+    jax.tree.map(np.testing.assert_array_equal, tuned.state, fusion.fuse([adapter.trained(f)[0] for f in folders]))
     (site,) = tuned.train.values()
     assert np.abs(site["value"] - np.eye(16)).max() > 1e-3
     assert run("other", {"name": "adapter_fusion", "adapters": [folders[0], str(tmp_path / "nowhere")]}) == 2
     assert "nowhere/adapter is no adapter" in capsys.readouterr().err
+    assert run("gelu", {"name": "pfeiffer", "width": 2, "activation": "gelu"}) == 0
+    mixed = {"name": "adapter_fusion", "adapters": [folders[0], str(tmp_path / "gelu")]}
+    assert run("other", mixed) == 2
+    said = capsys.readouterr().err
+    assert "adapters[1] was trained with activation: 'gelu', and here it would have 'relu'; set activation" in said
+    assert run("other", {**mixed, "activation": "gelu"}) == 2
+    assert "adapters[0] was trained with activation: 'relu', and here it would have 'gelu'" in capsys.readouterr().err
+    assert run("sum", {"name": "pfeiffer", "width": 2, "reads": "sum"}) == 0
+    assert run("other", {**mixed, "adapters": [folders[0], str(tmp_path / "sum")]}) == 2
+    assert "adapters[1] was trained with reads: 'sum', and here it would have 'branch'" in capsys.readouterr().err

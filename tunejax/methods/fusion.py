@@ -23,6 +23,9 @@ from tunejax.core.paths import Params, Path
 LOADED = ("adapters",)
 """Arguments that a config gives as folders of finished runs; the recipe reads what they trained."""
 
+AGREE = {"activation": "relu", "scale": 1.0, "reads": "branch"}
+"""What the runs in those folders must have been trained with, unless this method is told otherwise."""
+
 Adapter = Mapping[Path, Mapping[str, Any]]
 """What one bottleneck adapter trained: {path of a kernel: {down, down_bias, up, up_bias}} (`core.bottleneck`)."""
 
@@ -80,7 +83,7 @@ def adapter_fusion(
 
     Args:
       adapters: what each trained (`Adapter`), two at least; in a config, folders of finished runs of one adapter each.
-        They must read their branches (``reads: branch``), as the mixture does.
+        They must read their branches (``reads: branch``), as the mixture does. Folders are checked for that.
       activation, scale: those that all of them were trained with.
       regularization: weight of the penalty Σ (V - 1)², summed over entries and sites.
 

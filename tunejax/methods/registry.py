@@ -98,7 +98,8 @@ def build(
     Args:
       specs: as above.
       tokenize: text -> ids, for arguments that a method takes as token ids (its module's TEXTS).
-      load: folder of a finished run -> what it trained, for arguments that are lists of these (its module's LOADED).
+      load: folder of a finished run -> (what it trained, the description of its method), for arguments that are lists
+        of these folders (its module's LOADED). The descriptions must agree with this one (its module's AGREE).
       facts: name -> what is so of the model, for arguments that follow from it (its module's FACTS) and are not given.
 
     Raises:
@@ -145,7 +146,10 @@ def _called(
             given[key] = tokenize(given[key])
     for key in getattr(module, "LOADED", ()):
         if load is not None and isinstance(given.get(key), list):
-            given[key] = [load(x) if isinstance(x, str) else x for x in given[key]]
+            loaded = [load(x) if isinstance(x, str) else (x, None) for x in given[key]]
+            runs = {f"{key}[{i}]": spec for i, (_, spec) in enumerate(loaded)}
+            _agree(name, factory, given, runs, getattr(module, "AGREE", {}))
+            given[key] = [train for train, _ in loaded]
     for key in nested(factory):
         if isinstance(given.get(key), Mapping | str | list):
             given[key] = build(given[key], tokenize, load, facts)
@@ -153,6 +157,27 @@ def _called(
         if key in (facts or {}):
             given.setdefault(key, (facts or {})[key])
     return name, factory, arguments(name, factory, given), module
+
+
+def _agree(
+    name: str, factory: Callable, given: Mapping[str, Any], runs: dict[str, Any], wanted: dict[str, Any]
+) -> None:
+    """Raises ConfigError where a run was trained with another argument than it would have here.
+
+    runs: its place -> its method's description. wanted: argument -> what it must be, unless ``factory`` has an argument
+    of that name.
+    """
+    defaults = {k: p.default for k, p in inspect.signature(factory).parameters.items()}
+    for place, spec in runs.items():
+        spec = spec[0] if isinstance(spec, list) and len(spec) == 1 else spec
+        said = resolved(spec)[1] if isinstance(spec, Mapping) else {}
+        for argument, value in wanted.items():
+            ours = given.get(argument, defaults.get(argument, value))
+            if argument in said and said[argument] != ours:
+                raise errors.ConfigError(
+                    f"method {name!r}: {place} was trained with {argument}: {said[argument]!r}, and here it "
+                    f"would have {ours!r}" + (f"; set {argument}" if argument in defaults else "")
+                )
 
 
 def nested(factory: Callable[..., Any]) -> list[str]:

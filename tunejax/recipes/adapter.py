@@ -80,17 +80,21 @@ def read(folder: Path) -> Adapter:
     return Adapter(arrays, base, spec)
 
 
-def trained(run: str) -> dict[str, Any]:
-    """What a finished run trained, as its method's ``train``. run: its folder. Raises CheckpointError as `read`."""
+def trained(run: str) -> tuple[dict[str, Any], Any]:
+    """What a finished run trained, as its method's ``train``, and that method's description, as in its config.
+
+    run: its folder. Raises CheckpointError as `read`.
+    """
     out: dict[str, Any] = {}
-    for name, array in read(Path(run) / "adapter").arrays.items():
+    found = read(Path(run) / "adapter")
+    for name, array in found.arrays.items():
         tree, *keys = name.split("|")
         node = out
         for key in keys[:-1] if tree == "train" else ():
             node = node.setdefault(key, {})
         if tree == "train":
             node[keys[-1]] = array
-    return out
+    return out, found.info.get("method")
 
 
 def check_base(adapter: Adapter, base: Base) -> None:
