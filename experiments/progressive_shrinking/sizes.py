@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--assets", default=os.environ.get("TUNEJAX_ASSETS", "../shared/assets"))
     parser.add_argument("--models", nargs="+", choices=["embedded", "stories"], default=["embedded", "stories"])
     parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--masking", type=int, help="updates from the first mask to the last; half of all unless told")
+    parser.add_argument("--masking", type=int, help="updates from the first mask to the last; a quarter of all unless told")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/shrinking_sizes"))
     args = parser.parse_args()
@@ -79,7 +79,7 @@ def stories(assets: Path) -> tuple[str, dict[str, Any]]:
 def run(name: str, model: str, data: dict[str, Any], recipe: str, part: float, args: Any) -> dict[str, float]:
     """Parameters once cut, and perplexity on held-out rows, of one run."""
     shrink = {"name": "shrink", "keep": DIMENSIONS, "parameters": part, "every": 10, "kv_head_counts": None}
-    masking = args.masking or args.steps // 2
+    masking = args.masking or args.steps // 4
     taught = {"teacher": model, "alpha": 0.5, "temperature": 1.0}
     method, own = {
         "whole": ([{"name": "full"}], {}),
