@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--assets", default=os.environ.get("TUNEJAX_ASSETS", "../shared/assets"))
     parser.add_argument("--models", nargs="+", choices=["embedded", "stories"], default=["embedded", "stories"])
     parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--masking", type=int, help="updates from the first mask to the last; a quarter of all unless told")
+    parser.add_argument("--masking", type=int, help="updates from first mask to last; a quarter of all unless told")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/shrinking_sizes"))
     args = parser.parse_args()
