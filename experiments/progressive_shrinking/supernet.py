@@ -4,8 +4,9 @@
 
 Embedded model, the quickstart's task. A step of the supernet takes three micro-batches of 16 rows: one for the whole
 network, one for the smallest, one for a size between, at random. Alone, so, the two ends take as many steps of 16 rows,
-and of the sizes between each its share of them. What is alone begins with the units that the supernet keeps, and
-with all other weights as pretrained. Runs are kept in folders, and the same command goes on.
+and of the sizes between each its share of them.
+What is alone keeps the greatest units after its first update, as the supernet keeps those before it, and begins with
+their pretrained weights. Runs are kept in folders, and the same command goes on.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from typing import Any
 from tunejax.config import load
 from tunejax.recipes import artefact, evaluate, train
 
+QUICKSTART = Path(__file__).resolve().parents[2] / "configs" / "quickstart.yaml"
 KEEP = {"heads": 0.5, "mlp": 0.5, "hidden": 0.72}
 """Of the smallest size."""
 SIZES, ROWS = 5, 16
@@ -31,8 +33,6 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--learning-rate", type=float, default=2e-3)
-    parser.add_argument("--no-teacher", action="store_true", help="the supernet learns from the rows alone")
-    parser.add_argument("--generous", action="store_true", help="alone, a size between takes all steps, not its share")
     parser.add_argument("--out", type=Path, default=Path("runs/supernet"))
     args = parser.parse_args()
     both: dict[str, list[list[float]]] = {"supernet": [], "alone": []}
@@ -53,7 +53,7 @@ def together(seed: int, args: Any) -> list[float]:
     out = args.out / f"supernet-{seed}"
     taught = {"teacher": str(args.out / f"alone-0-{seed}"), "alpha": 0.5, "temperature": 1.0}
     supernet = {"name": "supernet", "keep": KEEP, "sizes": SIZES}
-    run(out, seed, args, args.steps, [supernet], parts=3, more={} if args.no_teacher else {"distill": taught})
+    run(out, seed, args, args.steps, [supernet], parts=3, more={"distill": taught})
     found = out / "sizes.json"
     if not found.is_file():
         tuned = [artefact.open_run(str(out), [f"method.1.size={i}"]) for i in range(SIZES)]
@@ -66,30 +66,19 @@ def alone(i: int, seed: int, args: Any) -> float:
     """Exact match in percent of size i of a seed, trained by itself."""
     kept = {name: 1 - i / (SIZES - 1) * (1 - part) for name, part in KEEP.items()}
     cut = {"name": "shrink", "keep": kept, "importance": "magnitude", "schedule": "one_shot", "every": 1}
-    whole = args.generous or i in (0, SIZES - 1)
-    steps = args.steps if whole else round(args.steps / (SIZES - 2))
-    return (
-        100
-        * run(
-            args.out / f"alone-{i}-{seed}{'-generous' * (args.generous and 0 < i < SIZES - 1)}",
-            seed,
-            args,
-            steps,
-            [cut] if i else [],
-        )["eval_exact_match"]
-    )
+    steps = args.steps if i in (0, SIZES - 1) else round(args.steps / (SIZES - 2))
+    summary = run(args.out / f"alone-{i}-{seed}", seed, args, steps, [cut] if i else [])
+    return 100 * summary["eval_exact_match"]
 
 
 def run(out: Path, seed: int, args: Any, steps: int, after: list[dict], parts: int = 1, more: Any = None) -> dict:
     """The summary of full tuning with the methods ``after`` it; ``parts`` micro-batches a step."""
+    quickstart = load.read_file(QUICKSTART)
     raw = {
         "output_dir": str(out),
         "seed": seed,
-        "model": {"path": "embedded"},
-        "data": {
-            "path": "embedded:tasks/errands_train.jsonl", "eval_path": "embedded:tasks/errands_eval.jsonl",
-            "template": "<|user|>{prompt}<|assistant|>", "max_length": 96,
-        },
+        "model": quickstart["model"],
+        "data": quickstart["data"],
         "method": [{"name": "full"}, *after],
         "train": {
             "learning_rate": args.learning_rate, "max_steps": steps, "train_batch_size": ROWS * parts,

@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import worlds
 
 from tunejax import cli
-from tunejax.methods import fusion
+from tunejax.methods import fusion, registry
 from tunejax.recipes import adapter, artefact
 
 
@@ -46,3 +46,12 @@ def test_two_runs_and_what_fuses_them(tmp_path, monkeypatch, capsys):
     assert run("sum", {"name": "pfeiffer", "width": 2, "reads": "sum"}) == 0
     assert run("other", {**mixed, "adapters": [folders[0], str(tmp_path / "sum")]}) == 2
     assert "adapters[1] was trained with reads: 'sum', and here it would have 'branch'" in capsys.readouterr().err
+
+
+def test_a_method_of_a_users_file_is_not_judged():
+    """Its file may have moved, and its arguments may mean anything."""
+    arrays = {"down": np.zeros((4, 2)), "down_bias": np.zeros(2), "up": np.zeros((2, 4)), "up_bias": np.zeros(4)}
+    described = {"name": "gone.py:adapter", "activation": "gelu"}
+    spec = {"name": "adapter_fusion", "adapters": ["one", "two"]}
+    method = registry.build(spec, load=lambda folder: ({"layers/0/mlp/down/kernel": arrays}, described))
+    assert method.name == "adapter_fusion"

@@ -23,8 +23,8 @@ from tunejax.core.paths import Params, Path
 LOADED = ("adapters",)
 """Arguments that a config gives as folders of finished runs; the recipe reads what they trained."""
 
-AGREE = {"activation": "relu", "scale": 1.0, "reads": "branch"}
-"""What the runs in those folders must have been trained with, unless this method is told otherwise."""
+AGREE = {"activation": None, "scale": None, "reads": "branch"}
+"""What the runs in those folders must have been trained with; None: what this method's argument of that name is."""
 
 Adapter = Mapping[Path, Mapping[str, Any]]
 """What one bottleneck adapter trained: {path of a kernel: {down, down_bias, up, up_bias}} (`core.bottleneck`)."""

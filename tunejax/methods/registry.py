@@ -124,8 +124,11 @@ def _one(spec: Mapping[str, Any] | str, *texts_and_facts: Any) -> Method:
 def resolved(spec: Mapping[str, Any] | str) -> tuple[str, dict[str, Any], ModuleType]:
     """(name, every argument with the defaults filled in, module) of one method's description. Raises as `build`."""
     name, factory, given, module = _called(spec)
-    defaults = {k: p.default for k, p in inspect.signature(factory).parameters.items() if p.default is not p.empty}
-    return name, {**defaults, **given}, module
+    return name, {**_defaults(factory), **given}, module
+
+
+def _defaults(factory: Callable[..., Any]) -> dict[str, Any]:
+    return {k: p.default for k, p in inspect.signature(factory).parameters.items() if p.default is not p.empty}
 
 
 def _called(
@@ -164,19 +167,18 @@ def _agree(
 ) -> None:
     """Raises ConfigError where a run was trained with another argument than it would have here.
 
-    runs: its place -> its method's description. wanted: argument -> what it must be, unless ``factory`` has an argument
-    of that name.
+    runs: its place -> its method's description; one from a user's file is not judged. wanted: argument -> what it must
+    be, where ``factory`` has no argument of that name.
     """
-    defaults = {k: p.default for k, p in inspect.signature(factory).parameters.items()}
+    here = {**wanted, **_defaults(factory), **given}
     for place, spec in runs.items():
         spec = spec[0] if isinstance(spec, list) and len(spec) == 1 else spec
-        said = resolved(spec)[1] if isinstance(spec, Mapping) else {}
-        for argument, value in wanted.items():
-            ours = given.get(argument, defaults.get(argument, value))
-            if argument in said and said[argument] != ours:
+        said = resolved(spec)[1] if isinstance(spec, Mapping) and spec.get("name") in NAMES else {}
+        for argument in [x for x in wanted if x in said]:
+            if said[argument] != here[argument]:
                 raise errors.ConfigError(
                     f"method {name!r}: {place} was trained with {argument}: {said[argument]!r}, and here it "
-                    f"would have {ours!r}" + (f"; set {argument}" if argument in defaults else "")
+                    f"would have {here[argument]!r}" + (f"; set {argument}" if argument in _defaults(factory) else "")
                 )
 
 
