@@ -140,16 +140,27 @@ def attention(
     return jnp.concatenate(out, axis=1)
 
 
-BLOCK, BLOCKS = 128, 8
+BLOCK, BLOCKS = 256, 8
 """Queries that the CPU path takes at a time, at least; and how often, at most, since each costs compile time."""
 
 
 def _attend(query: jax.Array, key: jax.Array, value: jax.Array, seen: jax.Array, scale: float) -> jax.Array:
-    batch, queries, _, head_dim = query.shape
-    grouped = query.reshape(batch, queries, key.shape[2], -1, head_dim) * scale
-    scores = jnp.einsum("bqhgd,bkhd->bhgqk", grouped, key, preferred_element_type=jnp.float32)
-    weights = jax.nn.softmax(scores + seen[:, None, None], axis=-1).astype(value.dtype)
-    return jnp.einsum("bhgqk,bkhd->bqhgd", weights, value).reshape(query.shape)
+    batch, queries, heads, head_dim = query.shape
+    keys, kv_heads = key.shape[1:3]
+    groups = heads // kv_heads
+    # Heads before positions, and the queries of a group beside each other: what a product of many matrices takes and
+    # gives. In any other order XLA transposes the scores after one product and before the next.
+    query = (query * scale).reshape(batch, queries, kv_heads, groups, head_dim).swapaxes(1, 2)
+    query, key, value = query.reshape(batch, kv_heads, -1, head_dim), key.swapaxes(1, 2), value.swapaxes(1, 2)
+    seen = jnp.broadcast_to(seen[:, :, None], (batch, queries, groups, keys)).reshape(batch, 1, -1, keys)
+    scores = jnp.einsum("bhqd,bhkd->bhqk", query, key, preferred_element_type=jnp.float32)
+    scores += seen
+    # The softmax is divided by its sum behind the product with the values, where there is less to divide.
+    weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
+    out = jnp.einsum("bhqk,bhkd->bhqd", weights.astype(value.dtype), value, preferred_element_type=jnp.float32)
+    out = (out / jnp.sum(weights, axis=-1, keepdims=True)).astype(value.dtype)
+    out = out.reshape(batch, kv_heads, queries, groups, head_dim)
+    return out.swapaxes(1, 2).reshape(batch, queries, heads, head_dim)
 
 
 def _fused(query: jax.Array, key: jax.Array, value: jax.Array, seen: jax.Array, scale: float) -> jax.Array:

@@ -50,9 +50,14 @@ def _llama3(plain: np.ndarray, scaling: dict) -> np.ndarray:
 
 
 def angles(config: ModelConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(cos, sin) for positions [batch, length], each float32 [batch, length, 1, head_dim / 2]."""
-    theta = positions[..., None, None].astype(jnp.float32) * frequencies(config)
-    return jnp.cos(theta), jnp.sin(theta)
+    """What `rotate` takes for positions [batch, length]: cos and (-sin, sin), float32.
+
+    Returns:
+      [batch, length, 1, 1, head_dim / 2] and [batch, length, 1, 2, head_dim / 2], the same for every head.
+    """
+    theta = positions[..., None, None, None].astype(jnp.float32) * frequencies(config)
+    sin = jnp.sin(theta)
+    return jnp.cos(theta), jnp.concatenate([-sin, sin], axis=-2)
 
 
 def rotate(x: jax.Array, rotation: tuple[jax.Array, jax.Array]) -> jax.Array:
@@ -60,5 +65,4 @@ def rotate(x: jax.Array, rotation: tuple[jax.Array, jax.Array]) -> jax.Array:
     cos, sin = rotation
     halves = x.astype(jnp.float32).reshape(*x.shape[:-1], 2, -1)
     # A reversal is fused into the products around it; a concatenation is a pass of its own, in both directions.
-    turned = halves * cos[..., None, :] + halves[..., ::-1, :] * jnp.stack([-sin, sin], axis=-2)
-    return turned.reshape(x.shape).astype(x.dtype)
+    return (halves * cos + halves[..., ::-1, :] * sin).reshape(x.shape).astype(x.dtype)

@@ -15,7 +15,7 @@ class View(NamedTuple):
     """Where the queries and keys stand, who sees whom, and the rotation of the new positions.
 
     seen: float32 [batch, queries, keys], 0 where seen and very negative elsewhere (`sites.bias`).
-    rotation: (cos, sin), each [batch, queries, 1, head_dim / 2], or None.
+    rotation: of `rope.angles`, or None.
     slot: of the cache, that the first new token takes, or None without a cache.
     """
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from tunejax.core.paths import Params
 
@@ -205,7 +206,7 @@ def _over_chunks(one: Callable, init: Any, length: int, chunk: int) -> tuple[Any
     if length == chunk:
         total, outs = one(init, 0)
         return total, jax.tree.map(lambda x: x[None], outs)
-    return jax.lax.scan(one, init, jnp.arange(0, length, chunk))
+    return jax.lax.scan(one, init, np.arange(0, length, chunk, dtype=np.int32))
 
 
 def _joined(x: jax.Array, shape: tuple[int, int], chunk: int) -> jax.Array:

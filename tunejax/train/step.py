@@ -80,7 +80,7 @@ class Step:
 
     def lower(self, state: TrainState, base: Params, frozen: Params, batch: Batch) -> Any:
         """The lowered program, to read or compile; arguments may be ShapeDtypeStructs that carry shardings."""
-        with jax.set_mesh(self.mesh):
+        with jax.set_mesh(self.mesh), compiler.tracing():
             return self._jitted(state).lower(state, base, frozen, batch)
 
     def memory(self, state: TrainState, base: Params, frozen: Params, batch: Batch) -> int | None:
