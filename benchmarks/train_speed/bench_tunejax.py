@@ -25,6 +25,7 @@ def setup(mode: str, folder: str, remat: str, cache: str | None = None) -> commo
         jax.config.update("jax_compilation_cache_dir", cache)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
+    from tunejax.core.model import key_shape
     from tunejax.interop import hf
     from tunejax.methods import full, lora
     from tunejax.models import build
@@ -38,12 +39,12 @@ def setup(mode: str, folder: str, remat: str, cache: str | None = None) -> commo
     cuts, constrain = method.cuts(common.LAYERS), sharding.constrainer(mesh)
     model = build.build(config, head="lm", cuts=cuts, remat=remat, constrain=constrain)
     adamw = optimizer.make_optimizer("adamw", common.LEARNING_RATE, weight_decay=common.WEIGHT_DECAY)
-    update, key = steps.make_step(model, method, causal_lm.make(), adamw, mesh=mesh), jax.random.key(0)
-    planned = state.plan(model, method, adamw, jax.eval_shape(model.init, key), key, mesh)
+    update = steps.make_step(model, method, causal_lm.make(), adamw, mesh=mesh)
+    planned = state.plan(model, method, adamw, jax.eval_shape(model.init, key_shape()), mesh)
     like = batch(np.zeros((common.BATCH, common.LENGTH + 1), np.int32))
     update.prepare(*planned, {}, sharding.abstract_batch(like, mesh))
     params, _ = hf.load(folder, config, head="lm", cuts=cuts)
-    held, base = state.start(model, method, adamw, params, key, mesh)
+    held, base = state.start(model, method, adamw, params, jax.random.key(0), mesh)
     del params
     trained = state.count(held.train)
 

@@ -212,7 +212,7 @@ def test_a_prepared_step_is_compiled_once_and_before_the_weights_are_there(shape
     mesh, key, compiled = mesh_of(*shape), jax.random.key(0), []
     expected = run(mesh, 2, method=make())[0]
     model, method, optimizer = toy.model(constrain=sharding.constrainer(mesh)), make(), optax.adam(1e-2)
-    planned = state.plan(model, method, optimizer, jax.eval_shape(model.init, key), key, mesh)
+    planned = state.plan(model, method, optimizer, jax.eval_shape(model.init, key), mesh)
     one = step.make_step(model, method, causal_lm.make(chunk_size=5), optimizer, mesh=mesh)
 
     def note(event, seconds, **about):

@@ -44,6 +44,11 @@ class Model(NamedTuple):
     depth: int
 
 
+def key_shape() -> Any:
+    """The shape of a PRNG key, for `jax.eval_shape`. Making a key compiles two programs."""
+    return jax.eval_shape(jax.random.key, 0)
+
+
 def full_batch(tokens: jax.Array, attention_mask: jax.Array | None = None) -> dict[str, jax.Array]:
     """A batch of one example a row. tokens, attention_mask [batch, length] (1: a token, 0: padding on either side)."""
     mask = jnp.ones_like(tokens) if attention_mask is None else attention_mask.astype(jnp.int32)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from tunejax.core import errors, paths
 from tunejax.core.ladder import SLOT
-from tunejax.core.model import AUXILIARY, Model
+from tunejax.core.model import AUXILIARY, Model, key_shape
 from tunejax.core.paths import Params
 from tunejax.models import axes, decoder, encoder, ladder, stack, view
 from tunejax.models import cache as caches
@@ -96,7 +96,7 @@ def build(
             aux["cache"] = caches.leave(cache, layers, where.positions.shape[1])
         return ends.leave(x), aux
 
-    shapes = jax.eval_shape(init, jax.random.key(0))
+    shapes = jax.eval_shape(init, key_shape())
     return Model(
         init=init,
         hidden=hidden,

@@ -10,7 +10,7 @@ import jax
 from tunejax.config import locate, schema
 from tunejax.core import digest, errors, paths
 from tunejax.core.method import Method
-from tunejax.core.model import Model
+from tunejax.core.model import Model, key_shape
 from tunejax.core.objective import Objective
 from tunejax.data import virtual
 from tunejax.interop import hf
@@ -203,7 +203,7 @@ def word_id(tokenizer: Any, word: str, label: str) -> int:
 
 def shapes(p: Parts) -> paths.Params:
     """The parameters' shapes, which carry shardings; nothing is read."""
-    found = jax.eval_shape(p.model.init, jax.random.key(0))
+    found = jax.eval_shape(p.model.init, key_shape())
     return sharding.abstract(found, sharding.params_shardings(p.mesh, sharding.RULES, p.model.axes, found))
 
 

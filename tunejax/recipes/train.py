@@ -67,10 +67,9 @@ def run(config: schema.Config) -> dict[str, Any]:
     optimizer = settings.optimizer(config, total)
 
     # The step compiles while the base is read; a teacher's objective is not whole yet.
-    key = jax.random.key(config.seed)
     one = training_step(parts, optimizer, sizes)
     if config.distill is None:
-        planned = state.plan(parts.model, parts.method, optimizer, assemble.shapes(parts), key, mesh)
+        planned = state.plan(parts.model, parts.method, optimizer, assemble.shapes(parts), mesh)
         one.prepare(*planned, {}, sharding.abstract_batch(loaders.train.build(0), mesh))
 
     # The base, its digest, and what the method makes of it.
@@ -81,6 +80,7 @@ def run(config: schema.Config) -> dict[str, Any]:
     fresh = {p: adapter.on_host(paths.get(loaded.params, p)) for p in loaded.fresh if p not in shapes.edits}
     taught = teacher.find(parts, beside)
     tuned, parts = parts, taught.with_method(parts)
+    key = jax.random.key(config.seed)
     begun, base = state.start(parts.model, parts.method, optimizer, loaded.params, key, mesh)
     if config.distill is not None:
         parts = teacher.beside(parts, taught, base)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from tunejax.core import method as method_lib
-from tunejax.core.model import Model
+from tunejax.core.model import Model, key_shape
 from tunejax.core.paths import Params
 from tunejax.train import compiler, sharding
 
@@ -70,7 +70,6 @@ def plan(
     method: method_lib.Method,
     optimizer: Any,
     params: Params,
-    key: jax.Array,
     mesh: Mesh,
     rules: sharding.Rules = sharding.RULES,
 ) -> tuple[TrainState, Params]:
@@ -79,7 +78,7 @@ def plan(
     params: arrays or shapes; the rest as in `start`.
     """
     params = sharding.abstract(params, sharding.params_shardings(mesh, rules, model.axes, params))
-    _, shapes, places = _beginning(model, method, optimizer, params, key, mesh, rules)
+    _, shapes, places = _beginning(model, method, optimizer, params, key_shape(), mesh, rules)
     begun, opt_state, (step, nonfinite, run_key) = jax.tree.map(sharding.abstract, shapes, places)
     base = method_lib.apply_edits(params, begun.edits)
     return TrainState(step, begun.train, begun.state, opt_state, run_key, nonfinite), base
