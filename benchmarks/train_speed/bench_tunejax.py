@@ -12,13 +12,15 @@ def main() -> None:
     args = common.arguments(
         cache={"default": None, "help": "folder of a persistent compilation cache"},
         remat={"default": "projections", "help": "as model.remat in a config"},
+        runs={"type": int, "help": "steps of the run that it is compiled for; by default those that are measured"},
     )
     name = "tunejax" if args.cache is None else "tunejax_cached"
-    common.measure(name, args, lambda: setup(args.mode, args.model, args.remat, args.cache))
+    runs = args.runs or args.warmup + args.steps
+    common.measure(name, args, lambda: setup(args.mode, args.model, args.remat, runs, args.cache))
 
 
-def setup(mode: str, folder: str, remat: str, cache: str | None = None) -> common.Setup:
-    """The training step of ``mode`` on the model in ``folder``, and how many parameters it trains."""
+def setup(mode: str, folder: str, remat: str, runs: int, cache: str | None = None) -> common.Setup:
+    """A step of ``mode`` on the model in ``folder``, for a run of ``runs`` steps, and how many parameters it trains."""
     import jax
 
     if cache is not None:
@@ -39,7 +41,7 @@ def setup(mode: str, folder: str, remat: str, cache: str | None = None) -> commo
     cuts, constrain = method.cuts(common.LAYERS), sharding.constrainer(mesh)
     model = build.build(config, head="lm", cuts=cuts, remat=remat, constrain=constrain)
     adamw = optimizer.make_optimizer("adamw", common.LEARNING_RATE, weight_decay=common.WEIGHT_DECAY)
-    update = steps.make_step(model, method, causal_lm.make(), adamw, mesh=mesh)
+    update = steps.make_step(model, method, causal_lm.make(), adamw, mesh=mesh, runs=runs)
     planned = state.plan(model, method, adamw, jax.eval_shape(model.init, key_shape()), mesh)
     like = batch(np.zeros((common.BATCH, common.LENGTH + 1), np.int32))
     update.prepare(*planned, {}, sharding.abstract_batch(like, mesh))

@@ -67,7 +67,7 @@ def run(config: schema.Config) -> dict[str, Any]:
     optimizer = settings.optimizer(config, total)
 
     # The step compiles while the base is read; a teacher's objective is not whole yet.
-    one = training_step(parts, optimizer, sizes)
+    one = training_step(parts, optimizer, sizes, total)
     if config.distill is None:
         planned = state.plan(parts.model, parts.method, optimizer, assemble.shapes(parts), mesh)
         one.prepare(*planned, {}, sharding.abstract_batch(loaders.train.build(0), mesh))
@@ -84,7 +84,7 @@ def run(config: schema.Config) -> dict[str, Any]:
     begun, base = state.start(parts.model, parts.method, optimizer, loaded.params, key, mesh)
     if config.distill is not None:
         parts = teacher.beside(parts, taught, base)
-        one = training_step(parts, optimizer, sizes)
+        one = training_step(parts, optimizer, sizes, total)
     loaded = loaded._replace(params={})  # what trains whole has moved out of it
 
     # The loop. From here on files are written.
@@ -150,11 +150,11 @@ def was_stopped(summary: dict[str, Any]) -> bool:
     return str(summary.get("stopped", "")).startswith("SIG")
 
 
-def training_step(parts: assemble.Parts, optimizer: Any, sizes: settings.Batches) -> step.Step:
-    """The step of these parts."""
+def training_step(parts: assemble.Parts, optimizer: Any, sizes: settings.Batches, total: int) -> step.Step:
+    """The step of these parts, for a run of ``total`` steps."""
     return step.make_step(
         parts.model, parts.method, parts.objective, optimizer, mesh=parts.mesh, accumulate=sizes.accumulate,
-        max_grad_norm=parts.config.train.max_grad_norm,
+        max_grad_norm=parts.config.train.max_grad_norm, runs=total,
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""What the compiler is told: programs that run for many steps, and those that run once."""
+"""What the compiler is told: as much as a program is worth that runs so often."""
 
 import contextlib
 import gc
@@ -10,21 +10,27 @@ import jax
 CPU = {"xla_backend_optimization_level": 2}
 """LLVM's -O2. XLA's own choice, -O3, compiles a step a tenth longer, for steps that are no faster (benchmarks/)."""
 
+CPU_SHORT = CPU | {"xla_cpu_use_fusion_emitters": False}
+"""The emitters that lower a kernel without MLIR's passes: a third less time to compile, for steps that take 1 to 10%
+longer (benchmarks/)."""
 
-CPU_ONCE = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
-"""For a program that runs once: no passes of LLVM or MLIR, so that it compiles in a quarter of the time, beside the
-step that every start waits for."""
+CPU_ONCE = CPU_SHORT | {"xla_backend_optimization_level": 0}
+"""No passes of LLVM either: a quarter of the time to compile."""
+
+SHORT = 32
+"""So many runs, or fewer, do not make up for the longer compilation, where a step takes a third of a second."""
 
 
-def options(once: bool = False) -> dict[str, int | bool] | None:
+def options(runs: int | None = None) -> dict[str, int | bool] | None:
     """Options for `jax.jit` on this backend; what XLA_FLAGS names stays as it says there.
 
-    once: the program runs a single time, so that compiling it costs more than running it.
+    runs: how often the program will run, as far as is known; None for often.
     """
     if jax.default_backend() != "cpu":
         return None
     said = os.environ.get("XLA_FLAGS", "")
-    return {name: value for name, value in (CPU_ONCE if once else CPU).items() if name not in said} or None
+    wanted = CPU_ONCE if runs == 1 else CPU_SHORT if runs is not None and runs <= SHORT else CPU
+    return {name: value for name, value in wanted.items() if name not in said} or None
 
 
 @contextlib.contextmanager

@@ -59,7 +59,7 @@ def start(
     """
     params = sharding.shard_params(mesh, rules, model.axes, params)
     begin, _, places = _beginning(model, method, optimizer, params, key, mesh, rules)
-    program = jax.jit(begin, out_shardings=places, compiler_options=compiler.options(once=True))
+    program = jax.jit(begin, out_shardings=places, compiler_options=compiler.options(runs=1))
     begun, opt_state, (step, nonfinite, run_key) = program(key, params)
     base = method_lib.apply_edits(params, begun.edits)
     return TrainState(step, begun.train, begun.state, opt_state, run_key, nonfinite), base

@@ -54,10 +54,10 @@ class Step:
 
     def __init__(
         self, model: Model, method: Method, objective: Objective, mesh: Mesh, update: Callable,
-        sums: Callable | None = None,
+        sums: Callable | None = None, runs: int | None = None,
     ) -> None:  # fmt: skip
         self.model, self.method, self.objective, self.mesh = model, method, objective, mesh
-        self._update = update
+        self._update, self._runs = update, runs
         self._compiled: Any = None
         self._ahead: Future | None = None
         sums = sums or functools.partial(evaluate, model, method, objective)
@@ -109,7 +109,7 @@ class Step:
             # The state leaves as it came in, or the next call would compile again and donation would not reuse it.
             places = jax.tree.map(lambda x: x.sharding, state)
             out = (places, sharding.replicated(self.mesh))
-            told = compiler.options()
+            told = compiler.options(self._runs)
             self._compiled = jax.jit(self._update, donate_argnums=0, out_shardings=out, compiler_options=told)
         return self._compiled
 
@@ -123,6 +123,7 @@ def make_step(
     mesh: Mesh,
     accumulate: int = 1,
     max_grad_norm: float | None = None,
+    runs: int | None = None,
 ) -> Step:
     """Builds the training step.
 
@@ -133,9 +134,10 @@ def make_step(
       accumulate: micro-batches a step; a batch has ``accumulate`` times as many rows as are run at once. Losses,
         weights and gradients are summed and divided once, so the result is that of one big batch.
       max_grad_norm: clip the global norm to this, as `torch.nn.utils.clip_grad_norm_` does.
+      runs: how many steps the run has, if that is known: a short one's compiles sooner (`compiler.options`).
     """
     update = make_update(model, method, objective, optimizer, accumulate, max_grad_norm)
-    return Step(model, method, objective, mesh, update)
+    return Step(model, method, objective, mesh, update, runs=runs)
 
 
 def make_update(
