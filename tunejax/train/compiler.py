@@ -10,12 +10,12 @@ import jax
 CPU = {"xla_backend_optimization_level": 2}
 """LLVM's -O2. XLA's own choice, -O3, compiles a step a tenth longer, for steps that are no faster (benchmarks/)."""
 
-CPU_SHORT = CPU | {"xla_cpu_use_fusion_emitters": False}
-"""The emitters that lower a kernel without MLIR's passes: a third less time to compile, for steps that take 1 to 10%
-longer (benchmarks/)."""
+CPU_SHORT = {"xla_backend_optimization_level": 1, "xla_cpu_use_fusion_emitters": False}
+"""LLVM's -O1, and the emitters that lower a kernel without MLIR's passes: a third less time to compile, for steps that
+take 1 to 10% longer (benchmarks/)."""
 
 CPU_ONCE = CPU_SHORT | {"xla_backend_optimization_level": 0}
-"""No passes of LLVM either: a quarter of the time to compile."""
+"""Next to no passes at all: a quarter of the time to compile."""
 
 SHORT = 32
 """So many runs, or fewer, do not make up for the longer compilation, where a step takes a third of a second."""
