@@ -56,8 +56,7 @@ def loss(label_smoothing: float = 0.0, z_loss: float = 0.0, accuracy: bool = Fal
 
     def value(x: jax.Array, given: Given) -> tuple[jax.Array, jax.Array, Metrics]:
         targets = given.rows
-        top = jnp.max(x, axis=-1)
-        lse = top + jnp.log(jnp.sum(jnp.exp(x - top[..., None]), axis=-1))
+        lse = jax.nn.logsumexp(x, axis=-1)
         hit = jnp.take_along_axis(x, targets[..., None], axis=-1)[..., 0]
         losses = lse - (1 - label_smoothing) * hit
         if label_smoothing:
