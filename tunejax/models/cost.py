@@ -5,6 +5,7 @@ import math
 import jax
 
 from tunejax.core import paths
+from tunejax.core.model import key_shape
 from tunejax.models import build
 from tunejax.models.config import ModelConfig
 
@@ -29,4 +30,4 @@ def forward_flops(config: ModelConfig, head: str, length: int) -> int:
 
 
 def _shapes(config: ModelConfig, head: str) -> paths.Params:
-    return jax.eval_shape(build.build(config, head=head).init, jax.random.key(0))
+    return jax.eval_shape(build.build(config, head=head).init, key_shape())

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from tunejax.core import errors, operators, sites
 from tunejax.core.method import Context, Method, Start, chain, method, path_key
-from tunejax.core.model import AUXILIARY, Batch, Model
+from tunejax.core.model import AUXILIARY, Batch, Model, key_shape
 from tunejax.core.objective import LossOutput
 from tunejax.core.paths import Params
 
@@ -86,7 +86,7 @@ def check(
         both = student.hidden(ours, batch, taps=taps)[1], teacher.hidden(theirs, batch, taps=taps)[1]
         return added((jnp.zeros(()), jnp.ones(()), {}), terms, student, {AUXILIARY: kernels}, batch, *both)
 
-    jax.eval_shape(traced, jax.eval_shape(student.init, jax.random.key(0)), params)
+    jax.eval_shape(traced, jax.eval_shape(student.init, key_shape()), params)
 
 
 def spread(batch: Batch, vocab_size: int) -> jax.Array:

@@ -8,6 +8,7 @@ import jax
 from tunejax.config import load, locate, schema
 from tunejax.core import method as method_lib
 from tunejax.core import paths
+from tunejax.core.model import key_shape
 from tunejax.interop import adapter_folders, hf
 from tunejax.interop import found as found_lib
 from tunejax.models.config import ModelConfig
@@ -57,7 +58,7 @@ def open_run(text: str, changes: list[str] | None = None, beside: Tuned | None =
     loaded = _loaded(parts, beside)
     adapter.check_base(found, loaded.base)
     params = paths.replace(loaded.params, _fresh(found, loaded))
-    start = jax.eval_shape(parts.method.init, jax.random.key(0), params)
+    start = jax.eval_shape(parts.method.init, key_shape(), params)
     train, state = (adapter.restore(found, k, getattr(start, k)) for k in ("train", "state"))
     return Tuned(parts, _edited(parts, params), train, state, loaded._replace(params=params))
 
@@ -103,7 +104,7 @@ def _open_folder(path: Path, changes: list[str], beside: Tuned | None) -> Tuned:
     config = load.check({**raw, "method": found.specs}, str(path / found_lib.CONFIG))
     parts = assemble.parts(config, assemble.opened(config), num_labels=found.num_labels or shape.num_labels)
     loaded = _loaded(parts, beside)
-    start = jax.eval_shape(parts.method.init, jax.random.key(0), loaded.params)
+    start = jax.eval_shape(parts.method.init, key_shape(), loaded.params)
     train = found_lib.trained(found, parts.method, start.train, parts.method.cuts(shape.num_layers))
     state = jax.jit(lambda p: parts.method.init(jax.random.key(config.seed), p).state)(loaded.params)
     state = found_lib.state_of(found, parts.method, state)

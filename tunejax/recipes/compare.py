@@ -22,6 +22,7 @@ import yaml
 from tunejax.config import compare, schema
 from tunejax.core import errors
 from tunejax.core import method as methods
+from tunejax.core.model import key_shape
 from tunejax.recipes import assemble, folder, runtime, settings, standings, train, validate
 from tunejax.train import step
 
@@ -108,7 +109,7 @@ def score_names(parts: assemble.Parts) -> list[str]:
         base = methods.apply_edits(params, begun.edits)
         return step.evaluate(parts.model, parts.method, parts.objective, begun.train, begun.state, base, {}, batch)
 
-    totals = jax.eval_shape(sums, jax.random.key(0), batch)
+    totals = jax.eval_shape(sums, key_shape(), batch)
     found = set(parts.objective.scores({name: np.zeros(total.shape) for name, (total, _) in totals.items()}))
     if parts.config.model.head != "classification":
         found |= {"perplexity", "exact_match"}

@@ -13,6 +13,7 @@ import optax
 
 from tunejax.config import schema
 from tunejax.core import errors, paths, table
+from tunejax.core.model import key_shape
 from tunejax.methods import report
 from tunejax.recipes import adapter, assemble, folder, members, rows, runtime, samples, settings, teacher, train
 from tunejax.train import checkpoint, loop, many, metrics, sharding, state, step
@@ -57,8 +58,8 @@ def run(config: schema.Config) -> dict[str, Any]:
         )
     loaded = assemble.load(parts)
     heads = members.drawn_heads(own, loaded)
-    shapes = jax.eval_shape(parts.method.init, jax.random.key(0), loaded.params)
-    likes = [jax.eval_shape(p.method.init, jax.random.key(0), loaded.params) for p in own]
+    shapes = jax.eval_shape(parts.method.init, key_shape(), loaded.params)
+    likes = [jax.eval_shape(p.method.init, key_shape(), loaded.params) for p in own]
     counts = [table.table(loaded.params, like.train, like.edits) for like in likes]
     told = report.describe(parts.method, loaded.params, shapes)
     train.announce(parts, table.table(loaded.params, shapes.train, shapes.edits), told, data, total)

@@ -12,6 +12,7 @@ import numpy as np
 
 from tunejax.core import errors, portable, table
 from tunejax.core.method import Method, Start, chain, learning
+from tunejax.core.model import key_shape
 from tunejax.methods import registry
 from tunejax.models import build
 from tunejax.models.config import ModelConfig
@@ -77,13 +78,13 @@ def markdown(found: list[Row]) -> str:
 @functools.cache
 def _shapes(cuts: tuple[int, ...]) -> Any:
     model = build.build(ModelConfig(family="llama", **LLAMA_7B), head="lm", cuts=cuts)
-    return jax.eval_shape(model.init, jax.random.key(0))
+    return jax.eval_shape(model.init, key_shape())
 
 
 def _begun(method: Method) -> tuple[Any, Start]:
     """(shapes of the 7B Llama's parameters, what the method makes of them); no array is made."""
     shapes = _shapes(method.cuts(LLAMA_7B["num_layers"]))
-    return shapes, jax.eval_shape(method.init, jax.random.key(0), shapes)
+    return shapes, jax.eval_shape(method.init, key_shape(), shapes)
 
 
 def _row(name: str) -> Row:

@@ -17,6 +17,7 @@ import numpy as np
 
 from tunejax.config import load, schema
 from tunejax.core import errors, masked, method
+from tunejax.core.model import key_shape
 from tunejax.interop import hf
 from tunejax.models import cut
 from tunejax.recipes import artefact, assemble, before_after, folder, latency, runtime, search, train
@@ -116,7 +117,7 @@ def check(config: schema.Config) -> None:
         base = method.apply_edits(params, start.edits)
         return parts.method.bind(base, start.train, start.state, method.Context())
 
-    if not masked.any_stands(jax.eval_shape(bound, jax.random.key(0))):
+    if not masked.any_stands(jax.eval_shape(bound, key_shape())):
         raise errors.ConfigError(nothing(config.output_dir, parts))
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from tunejax.config import load, locate, schema
 from tunejax.core import errors, paths
-from tunejax.core.model import Batch, Model
+from tunejax.core.model import Batch, Model, key_shape
 from tunejax.core.paths import Params
 from tunejax.data import align, teacher_cache
 from tunejax.data.collate import Beside
@@ -101,7 +101,7 @@ def find(parts: assemble.Parts, read: Beside | None) -> Taught:
             sizes = dict.fromkeys(terms[-1].taps, (ours.embed_dim, shape.embed_dim))
     if section.relations is not None:
         terms.append(features.relations(ours.num_layers, shape.num_layers, **section.relations.model_dump()))
-    model, params = found or (parts.model, jax.eval_shape(parts.model.init, jax.random.key(0)))
+    model, params = found or (parts.model, jax.eval_shape(parts.model.init, key_shape()))
     features.check(terms, sizes, parts.model, model, params, parts.mesh.size)
     return Taught(found, read is not None, tuple(terms), sizes)
 
@@ -216,7 +216,7 @@ def tokenizer_digest(tokenizer: Any) -> str:
 def _itself(parts: assemble.Parts, base: Params) -> tuple[Model, Params]:
     """The base as a teacher."""
     flat = paths.flatten(base)
-    shapes = paths.flatten(jax.eval_shape(parts.model.init, jax.random.key(0)))
+    shapes = paths.flatten(jax.eval_shape(parts.model.init, key_shape()))
     holes = [p for p, x in shapes.items() if x is not None and flat.get(p) is None]  # an empty slot is no hole
     if holes:
         raise errors.ConfigError(

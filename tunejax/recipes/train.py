@@ -12,6 +12,7 @@ import jax
 from tunejax import plots
 from tunejax.config import load, schema
 from tunejax.core import digest, errors, method, paths, table
+from tunejax.core.model import key_shape
 from tunejax.methods import report
 from tunejax.objectives import features
 from tunejax.recipes import adapter, assemble, folder, latency, rows, runtime, samples, settings, teacher
@@ -74,7 +75,7 @@ def run(config: schema.Config) -> dict[str, Any]:
 
     # The base, its digest, and what the method makes of it.
     loaded = assemble.load(parts)
-    shapes = jax.eval_shape(parts.method.init, jax.random.key(0), loaded.params)
+    shapes = jax.eval_shape(parts.method.init, key_shape(), loaded.params)
     counts = table.table(loaded.params, method.learning(parts.method, shapes.train), shapes.edits)
     announce(parts, counts, report.describe(parts.method, loaded.params, shapes), data, total)
     fresh = {p: adapter.on_host(paths.get(loaded.params, p)) for p in loaded.fresh if p not in shapes.edits}

@@ -7,6 +7,7 @@ import jax
 
 from tunejax.config import load, locate
 from tunejax.core import errors, method, table
+from tunejax.core.model import key_shape
 from tunejax.interop import tensors
 from tunejax.methods import report
 from tunejax.recipes import assemble, folder, latency, members, runtime, settings
@@ -24,8 +25,8 @@ def main(args: argparse.Namespace) -> None:
     settings.optimizer(config, total_steps=1000)
     if config.many:
         members.plan(members.configs_of(config))
-    params = jax.eval_shape(parts.model.init, jax.random.key(0))
-    start = jax.eval_shape(parts.method.init, jax.random.key(0), params)
+    params = jax.eval_shape(parts.model.init, key_shape())
+    start = jax.eval_shape(parts.method.init, key_shape(), params)
     print(f"model    {parts.name}: {parts.model_config.family}, {len(stored)} tensors in {parts.folder}")
     print(f"mesh     {dict(parts.mesh.shape)} on {jax.devices()[0].device_kind}")
     print(f"method   {parts.method.name}")
