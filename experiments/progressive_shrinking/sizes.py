@@ -52,14 +52,17 @@ def main() -> None:
         print(f"picture: {args.out / f'{name}.png'}")
 
 
-def embedded(out: Path) -> tuple[str, dict[str, Any]]:
-    """The embedded model, and rows of the corpus that it was pretrained on, drawn anew and written to files."""
+def embedded(out: Path, held_out: int = HELD_OUT) -> tuple[str, dict[str, Any]]:
+    """The embedded model, and rows of the corpus that it was pretrained on, drawn anew and written to files.
+
+    held_out: of each kind to evaluate on.
+    """
     out.mkdir(parents=True, exist_ok=True)
     files = {"train": out / "embedded_train.jsonl", "eval": out / "embedded_eval.jsonl"}
     drawn = (row for _, row in corpus.rows(1))
     rows = {
         "train": [*itertools.islice((r for r in drawn if r[0]), ROWS)],
-        "eval": [r for kind in corpus.KINDS for r in corpus.evaluation_rows(kind, HELD_OUT)],
+        "eval": [r for kind in corpus.KINDS for r in corpus.evaluation_rows(kind, held_out)],
     }
     for name, path in files.items():
         path.write_text("".join(json.dumps({"prompt": p, "completion": c}) + "\n" for p, c in rows[name]))

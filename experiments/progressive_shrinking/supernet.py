@@ -1,8 +1,9 @@
 """The sizes of one supernet beside the same sizes trained alone, each with the compute that the supernet spent on it.
 
-    python experiments/progressive_shrinking/supernet.py [--steps 400] [--seeds 0 1 2]
+    python experiments/progressive_shrinking/supernet.py [--task corpus] [--steps 400] [--seeds 0 1 2]
 
-Embedded model, the quickstart's task. A step of the supernet takes three micro-batches of 16 rows: one for the whole
+Embedded model; either its own corpus, by the tokens of held-out completions that are predicted right, or the
+quickstart's task, by exact match. A step of the supernet takes three micro-batches of 16 rows: one for the whole
 network, one for the smallest, one for a size between, at random. Alone, so, the two ends take as many steps of 16 rows,
 and of the sizes between each its share of them.
 What is alone keeps the greatest units after its first update, as the supernet keeps those before it, and begins with
@@ -16,9 +17,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import sizes
+
 from tunejax.config import load
 from tunejax.recipes import artefact, evaluate, train
 
+METRICS = {"corpus": "accuracy", "quickstart": "exact_match"}
+"""Task -> the score that is compared."""
+HELD_OUT = 50
+"""Rows of each kind of the corpus to evaluate on."""
 QUICKSTART = Path(__file__).resolve().parents[2] / "configs" / "quickstart.yaml"
 KEEP = {"heads": 0.5, "mlp": 0.5, "hidden": 0.72}
 """Of the smallest size."""
@@ -30,6 +37,7 @@ POINTS = 1.0
 def main() -> int:
     """Trains what is not trained yet, writes table and picture; 1 where a size falls short."""
     parser = argparse.ArgumentParser()
+    parser.add_argument("--task", choices=METRICS, default="quickstart")
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--learning-rate", type=float, default=2e-3)
@@ -41,7 +49,7 @@ def main() -> int:
         both["supernet"].append(together(seed, args))
         (args.out / "sizes.json").write_text(json.dumps(both, indent=1))
         print(table(both), flush=True)
-    picture(both, args.out / "sizes.png")
+    picture(both, args.out / "sizes.png", f"{METRICS[args.task].replace('_', ' ')} on held-out rows, percent")
     print(f"picture: {args.out / 'sizes.png'}")
     short = [i for i, apart in enumerate(margins(both)) if apart < -POINTS]
     print(f"more than {POINTS:g} point below alone: " + (", ".join(f"size {i}" for i in short) or "none"))
@@ -49,7 +57,7 @@ def main() -> int:
 
 
 def together(seed: int, args: Any) -> list[float]:
-    """Exact match in percent of each size of the supernet of a seed."""
+    """Score in percent of each size of the supernet of a seed."""
     out = args.out / f"supernet-{seed}"
     taught = {"teacher": str(args.out / f"alone-0-{seed}"), "alpha": 0.5, "temperature": 1.0}
     supernet = {"name": "supernet", "keep": KEEP, "sizes": SIZES}
@@ -57,28 +65,28 @@ def together(seed: int, args: Any) -> list[float]:
     found = out / "sizes.json"
     if not found.is_file():
         tuned = [artefact.open_run(str(out), [f"method.1.size={i}"]) for i in range(SIZES)]
-        scores = [evaluate.scores(t.parts, t.base, t.train, t.state)["exact_match"] for t in tuned]
+        scores = [evaluate.scores(t.parts, t.base, t.train, t.state)[METRICS[args.task]] for t in tuned]
         found.write_text(json.dumps([100 * x for x in scores]))
     return json.loads(found.read_text())
 
 
 def alone(i: int, seed: int, args: Any) -> float:
-    """Exact match in percent of size i of a seed, trained by itself."""
+    """Score in percent of size i of a seed, trained by itself."""
     kept = {name: 1 - i / (SIZES - 1) * (1 - part) for name, part in KEEP.items()}
     cut = {"name": "shrink", "keep": kept, "importance": "magnitude", "schedule": "one_shot", "every": 1}
     steps = args.steps if i in (0, SIZES - 1) else round(args.steps / (SIZES - 2))
     summary = run(args.out / f"alone-{i}-{seed}", seed, args, steps, [cut] if i else [])
-    return 100 * summary["eval_exact_match"]
+    return 100 * summary[f"eval_{METRICS[args.task]}"]
 
 
 def run(out: Path, seed: int, args: Any, steps: int, after: list[dict], parts: int = 1, more: Any = None) -> dict:
     """The summary of full tuning with the methods ``after`` it; ``parts`` micro-batches a step."""
-    quickstart = load.read_file(QUICKSTART)
+    data = load.read_file(QUICKSTART)["data"] if args.task == "quickstart" else sizes.embedded(args.out, HELD_OUT)[1]
     raw = {
         "output_dir": str(out),
         "seed": seed,
-        "model": quickstart["model"],
-        "data": quickstart["data"],
+        "model": {"path": "embedded"},
+        "data": data,
         "method": [{"name": "full"}, *after],
         "train": {
             "learning_rate": args.learning_rate, "max_steps": steps, "train_batch_size": ROWS * parts,
@@ -86,10 +94,11 @@ def run(out: Path, seed: int, args: Any, steps: int, after: list[dict], parts: i
             "report_to": "none",
         },
         "generation": {"max_new_tokens": 8, "num_samples": 0},
+        "evaluation": {"exact_match": args.task == "quickstart"},
         **(more or {}),
     }  # fmt: skip
     summary = train.run(load.check(raw, out.name))
-    if "eval_exact_match" not in summary:
+    if f"eval_{METRICS[args.task]}" not in summary:
         sys.exit(f"{out}: stopped; the same command goes on")
     return summary
 
@@ -101,7 +110,7 @@ def margins(both: dict[str, list[list[float]]]) -> list[float]:
 
 
 def table(both: dict[str, list[list[float]]]) -> str:
-    """Markdown: a row a size, with every seed's exact match."""
+    """Markdown: a row a size, with every seed's score."""
     lines = ["| size | in the supernet | alone | apart |", "|---:|---|---|---:|"]
     for i, apart in enumerate(margins(both)):
         cells = [", ".join(f"{seed[i]:.1f}" for seed in both[name]) for name in ("supernet", "alone")]
@@ -109,7 +118,7 @@ def table(both: dict[str, list[list[float]]]) -> str:
     return "\n".join(lines)
 
 
-def picture(both: dict[str, list[list[float]]], path: Path) -> None:
+def picture(both: dict[str, list[list[float]]], path: Path, quality: str) -> None:
     """Means over seeds by size, with the least and the greatest."""
     import matplotlib
 
@@ -125,7 +134,7 @@ def picture(both: dict[str, list[list[float]]], path: Path) -> None:
         axes.errorbar(range(SIZES), mean, yerr=spread, marker="o", capsize=3, label=name)
     axes.set_xlabel("size (0 is the whole network)")
     axes.set_xticks(range(SIZES))
-    axes.set_ylabel("exact match on held-out rows, percent")
+    axes.set_ylabel(quality)
     axes.legend()
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
