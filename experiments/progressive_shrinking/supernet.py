@@ -11,6 +11,7 @@ their pretrained weights. Runs are kept in folders, and the same command goes on
 """
 
 import argparse
+import functools
 import json
 import statistics
 import sys
@@ -81,12 +82,11 @@ def alone(i: int, seed: int, args: Any) -> float:
 
 def run(out: Path, seed: int, args: Any, steps: int, after: list[dict], parts: int = 1, more: Any = None) -> dict:
     """The summary of full tuning with the methods ``after`` it; ``parts`` micro-batches a step."""
-    data = load.read_file(QUICKSTART)["data"] if args.task == "quickstart" else sizes.embedded(args.out, HELD_OUT)[1]
     raw = {
         "output_dir": str(out),
         "seed": seed,
         "model": {"path": "embedded"},
-        "data": data,
+        "data": rows(args.task, args.out),
         "method": [{"name": "full"}, *after],
         "train": {
             "learning_rate": args.learning_rate, "max_steps": steps, "train_batch_size": ROWS * parts,
@@ -101,6 +101,12 @@ def run(out: Path, seed: int, args: Any, steps: int, after: list[dict], parts: i
     if f"eval_{METRICS[args.task]}" not in summary:
         sys.exit(f"{out}: stopped; the same command goes on")
     return summary
+
+
+@functools.cache
+def rows(task: str, out: Path) -> dict[str, Any]:
+    """The section data of a task; the corpus is drawn and written once a process."""
+    return load.read_file(QUICKSTART)["data"] if task == "quickstart" else sizes.embedded(out, HELD_OUT)[1]
 
 
 def margins(both: dict[str, list[list[float]]]) -> list[float]:
