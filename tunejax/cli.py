@@ -52,7 +52,11 @@ def parser() -> argparse.ArgumentParser:
     written.add_argument("--samples", type=int, default=1, help="answers to each prompt (default 1)")
     written.add_argument("--keep-unfinished", action="store_true", help="also answers that were cut at their limit")
     config("compare", "train several methods on one task; writes a table, pictures and a page").add_argument(
-        "--only", action="append", metavar="LABEL", help="train only this method of the config; repeat for several"
+        "--only",
+        action="extend",
+        type=lambda labels: labels.split(","),
+        metavar="LABEL[,LABEL...]",
+        help="train only these methods of the config",
     )
     config("validate", "check config, files, model and targets without running")
     config("preprocess", "show rows as they will be trained on, and audit them").add_argument(

@@ -36,6 +36,7 @@ def main() -> None:
     parser.add_argument("--assets", default=os.environ.get("TUNEJAX_ASSETS", "../shared/assets"))
     parser.add_argument("--models", nargs="+", choices=["embedded", "stories"], default=["embedded", "stories"])
     parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--batch", type=int, default=16, help="rows of a step")
     parser.add_argument("--masking", type=int, help="updates from first mask to last; a quarter of all unless told")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/shrinking_sizes"))
@@ -100,8 +101,8 @@ def run(name: str, model: str, data: dict[str, Any], recipe: str, part: float, a
         "data": data,
         "method": method,
         "train": {
-            "learning_rate": 2e-3, "max_steps": args.steps, "train_batch_size": 16, "lr_scheduler_type": "cosine",
-            "warmup_steps": 20, "report_to": "none",
+            "learning_rate": 2e-3, "max_steps": args.steps, "train_batch_size": args.batch, "warmup_steps": 20,
+            "lr_scheduler_type": "cosine", "report_to": "none",
         },
         "generation": {"num_samples": 0},
         "evaluation": {"exact_match": False},

@@ -1,5 +1,6 @@
 """The shipped comparisons: they load, their methods fit the model, and the budgets that they promise hold."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -43,16 +44,31 @@ def test_its_methods_fit_and_adapters_keep_their_budget(assets, monkeypatch):
     assert shares["prompt_5"] < shares["prompt_20"] < shares["prompt_100"]
 
 
-def test_the_goals_judge_what_was_measured(monkeypatch):
+def test_the_goals_judge_what_was_measured(monkeypatch, tmp_path, capsys):
     monkeypatch.syspath_prepend(str(ROOT / "experiments" / "peft"))
     import goals
 
-    def results(quality, share=0.03, finished=3):
-        row = {"runs": 3, "finished": finished, "trained_share": share, "quality_mean": quality}
-        return {"methods": [{**row, "method": "houlsby"}, {**row, "method": "full", "quality_mean": 0.85}]}
+    def results(share=0.03, finished=3, **qualities):
+        row = {"runs": 3, "finished": 3, "trained_share": share}
+        quality = {"full": 0.85, "houlsby": 0.846, "lora": 0.9, "bitfit": 0.836, **qualities}
+        rows = [{**row, "method": name, "quality_mean": value} for name, value in quality.items()]
+        rows[0]["finished"] = finished
+        return {"methods": rows}
 
-    assert goals.unmet(results(0.846)) == []
-    assert "0.60 points below full" in goals.unmet(results(0.844))[0]
-    assert "trains 5.00%" in goals.unmet(results(0.85, share=0.05))[0]
-    assert len(goals.unmet(results(0.85, finished=2))) == 2
+    assert [met for _, met in goals.judged(results())] == [True] * 4
+    line, met = goals.judged(results(houlsby=0.844))[0]
+    assert ("0.60 points below full" in line, met) == (True, False)
+    assert "5.00 points above full" in goals.judged(results())[1][0]
+    assert goals.judged(results(bitfit=0.834))[2][1] is False
+    assert goals.judged(results(share=0.05))[3] == ("houlsby trains 5.00% of the parameters (at most 4%)", False)
+    assert goals.judged(results(finished=2)) == [("full: 2 of 3 runs are finished", False)]
+
+    for task in ("sst2", "trec", "cola"):
+        (tmp_path / task).mkdir()
+        (tmp_path / task / "results.json").write_text(json.dumps(results()))
+    monkeypatch.setattr(sys, "argv", ["goals.py", str(tmp_path)])
+    assert goals.main() == 0
+    (tmp_path / "trec" / "results.json").unlink()
+    assert goals.main() == 1
+    assert "NOT MET trec: not measured" in capsys.readouterr().out
     sys.modules.pop("goals")
