@@ -217,6 +217,9 @@ KINDS = {
     "vera": ("VeraConfig", {"r": 5, "projection_prng_key": 3}, {"rank": 5, "seed": 3}),
     "oft": ("OFTConfig", {"oft_block_size": 4, "use_cayley_neumann": False}, {"block_size": 4, "neumann": False}),
     "boft": ("BOFTConfig", {"boft_block_size": 4}, {"block_size": 4}),
+    "hra": ("HRAConfig", {"r": 4}, {"rank": 4}),
+    "fourierft": ("FourierFTConfig", {"n_frequency": 20, "scaling": 50.0}, {"n_frequency": 20, "scaling": 50.0}),
+    "miss": ("MissConfig", {"r": 5}, {"rank": 5}),
     "adalora": (
         "AdaLoraConfig",
         {"init_r": 4, "target_r": 2, "total_step": 20, "tinit": 3, "deltaT": 2, "lora_alpha": 3},
@@ -229,7 +232,7 @@ WRITTEN = {k: arguments for k, (_, _, arguments) in KINDS.items()} | {
     "pissa": {"rank": 2, "alpha": 3.0},
     "olora": {"rank": 2, "alpha": 3.0, "rslora": True},
 }
-WITH_BIAS = ("boft", "dora", "ia3", "vera")
+WITH_BIAS = ("boft", "dora", "hra", "ia3", "vera")
 """What is tried on BERT too: where a bias might be scaled, or modules of several shapes share."""
 FEEDFORWARD = {"llama": ["down_proj"], "bert": ["output.dense"]}
 quiet = pytest.mark.filterwarnings("ignore:Failed to load the CUDA extension", "ignore:Setting boft_n_butterfly_factor")

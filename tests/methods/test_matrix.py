@@ -25,6 +25,9 @@ SPECS = {name: {"name": name} for name in registry.NAMES} | {
     "adalora": {"name": "adalora", "rank": 4, "target_rank": 2, "total_steps": 5},
     "oft": {"name": "oft", "block_size": 8},
     "boft": {"name": "boft", "block_size": 4, "factors": 2},
+    "hra": {"name": "hra", "rank": 2},
+    "fourierft": {"name": "fourierft", "n_frequency": 30},
+    "miss": {"name": "miss", "rank": 5},
     "said": {"name": "said", "dim": 50, "targets": "attention/v/kernel"},
     "compacter": {"name": "compacter", "targets": "mlp/down/kernel"},
     "mam": {"name": "mam", "length": 3, "hidden": 5, "width": 4},
@@ -40,7 +43,7 @@ SPECS = {name: {"name": name} for name in registry.NAMES} | {
 TWO = "{attention/q,mlp/down}/kernel"
 for _name in (
     "lora", "lora_fa", "lora_plus", "dora", "pissa", "olora", "vera", "adalora", "loha", "lokr", "krona",
-    "oft", "boft", "loftq",
+    "oft", "boft", "loftq", "hra", "fourierft", "miss",
 ):  # fmt: skip
     SPECS[_name] |= {"targets": TWO}  # one kernel of either part of a block; the methods' own tests have the rest
 DEPTH = {"s4": 4}
