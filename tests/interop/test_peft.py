@@ -359,6 +359,7 @@ def changed(folder, **entries):
     ("entries", "said"),
     [
         ({"peft_type": "LORE"}, "LORA"),
+        ({"peft_type": "MISS", "init_weights": "bat"}, "MISS with init_weights: 'bat' is not known here"),
         ({"use_bdlora": True}, "use_bdlora"),
         ({"bias": "all"}, "bias"),
         ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights"),

@@ -138,6 +138,9 @@ def _method(settings: Mapping[str, Any]) -> tuple[str, portable.Form]:
         if f.peft_type == kind and all(settings.get(k) == v for k, v in f.flags.items())
     ]
     if not agreeing:
+        variants = [f"{k}: {settings[k]!r}" for _, f in forms if f.peft_type == kind for k in f.flags if k in settings]
+        if variants:
+            raise errors.CheckpointError(f"{CONFIG}: {kind} with {', '.join(variants)} is not known here")
         near = errors.did_you_mean(str(kind), sorted({f.peft_type for _, f in forms}))
         raise errors.CheckpointError(f"{CONFIG}: peft_type {kind!r} is not known here. {near}")
     _, name, form = max(agreeing, key=lambda x: x[0])
