@@ -59,7 +59,7 @@ def scaled(arrays: Mapping[str, np.ndarray], factors: np.ndarray) -> dict[str, n
 
 
 @operators.operator
-class Bottleneck:
+class Bottleneck(operators.Above):
     """h + scale · narrow(h) for h = base(x, bias).
 
     base: kernel [..., in, out], or an operator that stands for one.
@@ -95,16 +95,6 @@ class Bottleneck:
     def dense(self) -> jax.Array:
         """Raises NotLinear: an activation stands in it."""
         raise errors.NotLinear(f"a bottleneck adapter with {self.activation} is no kernel; serve it unmerged")
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the base."""
-        return self.base.shape
-
-    @property
-    def dtype(self) -> Any:
-        """Type of the base."""
-        return self.base.dtype
 
 
 def width_of(name: str, dim: int, width: int | None, reduction_factor: float) -> int:

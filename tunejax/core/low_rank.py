@@ -34,7 +34,7 @@ AXES: dict[str, tuple[str | None, ...]] = {"a": ("in", None), "b": (None, "out")
 
 
 @operators.operator
-class LowRank:
+class LowRank(operators.Added):
     """base(x) + scale · (dropout(x) a) b.
 
     base: kernel [..., in, out], or an operator that stands for one. a [..., in, rank]; b [..., rank, out].
@@ -74,20 +74,9 @@ class LowRank:
         exact = x.dtype == self.base.dtype == self.a.dtype == jnp.float32
         return exact and self.a.ndim == 2 and x.size * (fan_in + fan_out) >= fan_in * fan_in * fan_out
 
-    def dense(self) -> jax.Array:
-        """base + scale · a b, added in float32 and rounded once to the type of the base."""
-        change = self.scale * jnp.matmul(self.a, self.b, precision="highest")
-        return (operators.dense(self.base).astype(jnp.float32) + change).astype(self.dtype)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the base."""
-        return self.base.shape
-
-    @property
-    def dtype(self) -> Any:
-        """Type of the base."""
-        return self.base.dtype
+    def change(self) -> jax.Array:
+        """scale · a b, which is added to the kernel [..., in, out]."""
+        return self.scale * (self.a @ self.b)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

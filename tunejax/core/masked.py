@@ -26,7 +26,7 @@ COUNTS = "counts"
 
 
 @operators.operator
-class Masked:
+class Masked(operators.Above):
     """(in_mask · x) base, then · out_mask; where a norm's scale stands, `over` says what it does there.
 
     base: kernel [..., in, out], or an operator that stands for one; or a norm's scale [..., out].
@@ -56,16 +56,6 @@ class Masked:
         """bias · out_mask."""
         inner = operators.dense_bias(self.base, bias)
         return inner if self.out_mask is None else inner * self.out_mask.astype(inner.dtype)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the base."""
-        return self.base.shape
-
-    @property
-    def dtype(self) -> Any:
-        """Type of the base."""
-        return self.base.dtype
 
 
 def through(x: jax.Array, mask: jax.Array | None, seen: jax.Array | None = None) -> jax.Array:

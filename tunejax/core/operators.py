@@ -5,10 +5,12 @@ operator's array fields carry the leading axes of the kernel that it stands for 
 it scans, shards, checkpoints and donates like an array; everything else in it is static.
 """
 
+import abc
 import dataclasses
 from typing import Any, Protocol, TypeVar, dataclass_transform, runtime_checkable
 
 import jax
+import jax.numpy as jnp
 
 from tunejax.core import errors, paths
 
@@ -36,6 +38,40 @@ class Operator(Protocol):
     def dtype(self) -> Any:
         """Type of the kernel that it stands for."""
         ...
+
+
+class Above:
+    """An operator above a kernel, ``base``, of which it has the shape and the type."""
+
+    base: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the base."""
+        return self.base.shape
+
+    @property
+    def dtype(self) -> Any:
+        """Type of the base."""
+        return self.base.dtype
+
+
+class Added(Above, abc.ABC):
+    """base(x) + x change(). A class that knows a cheaper way than by the whole of `change` has a call of its own."""
+
+    @abc.abstractmethod
+    def change(self) -> jax.Array:
+        """What is added to the kernel [..., in, out], in float32."""
+
+    def __call__(self, x: jax.Array, bias: jax.Array | None = None) -> jax.Array:
+        """x [..., in] -> [..., out]."""
+        return apply(self.base, x, bias) + apply(self.change(), x)
+
+    def dense(self) -> jax.Array:
+        """The sum, added in float32 and rounded once to the type of the base."""
+        with jax.default_matmul_precision("highest"):
+            change = self.change()
+        return (dense(self.base).astype(jnp.float32) + change).astype(self.dtype)
 
 
 def static(**kwargs: Any) -> Any:

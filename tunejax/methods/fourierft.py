@@ -34,7 +34,7 @@ LARGEST = (2**32 - 1) // 20
 
 
 @operators.operator
-class Spectral:
+class Spectral(operators.Added):
     """base(x) + x (scaling · Re(F^-1(S))^T).
 
     base: kernel [..., in, out], or an operator. spectrum [..., n]; seed: of its places.
@@ -45,10 +45,6 @@ class Spectral:
     scaling: float = operators.static(default=1.0)
     seed: int = operators.static(default=0)
 
-    def __call__(self, x: jax.Array, bias: jax.Array | None = None) -> jax.Array:
-        """x [..., in] -> [..., out]."""
-        return operators.apply(self.base, x, bias) + operators.apply(self.change(), x)
-
     def change(self) -> jax.Array:
         """What is added to the kernel [..., in, out], in float32."""
         *lead, fan_in, fan_out = self.shape
@@ -56,20 +52,6 @@ class Spectral:
         whole = jnp.zeros((*lead, fan_out, fan_in), jnp.float32)
         whole = whole.at[..., places // fan_in, places % fan_in].set(self.spectrum)
         return self.scaling * jnp.swapaxes(jnp.fft.ifft2(whole).real, -1, -2)
-
-    def dense(self) -> jax.Array:
-        """The sum, added in float32 and rounded once to the type of the base."""
-        return (operators.dense(self.base).astype(jnp.float32) + self.change()).astype(self.dtype)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the base."""
-        return self.base.shape
-
-    @property
-    def dtype(self) -> Any:
-        """Type of the base."""
-        return self.base.dtype
 
 
 @functools.cache

@@ -33,7 +33,7 @@ TRAINED = ("query", "key", "value")
 
 
 @operators.operator
-class Fused:
+class Fused(operators.Above):
     """Σ_n s_n z_n value over n adapters; see this module.
 
     base: kernel [..., in, out], or an operator that stands for one. adapters: `core.bottleneck`'s arrays by name, each
@@ -64,16 +64,6 @@ class Fused:
     def dense(self) -> jax.Array:
         """Raises NotLinear: activations and a softmax stand in it."""
         raise errors.NotLinear("adapters mixed by attention are no kernel; serve them unmerged")
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the base."""
-        return self.base.shape
-
-    @property
-    def dtype(self) -> Any:
-        """Type of the base."""
-        return self.base.dtype
 
 
 def adapter_fusion(

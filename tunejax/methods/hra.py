@@ -31,7 +31,7 @@ PEFT = portable.Form(
 
 
 @operators.operator
-class Mirrored:
+class Mirrored(operators.Above):
     """base(x H_rank ... H_1).
 
     base: kernel [..., in, out], or an operator. u [..., in, rank]: normals of the mirrors, each of length 1.
@@ -54,16 +54,6 @@ class Mirrored:
             normal = self.u[..., i, None]
             kernel = kernel - 2 * normal * jnp.sum(normal * kernel, axis=-2, keepdims=True)
         return kernel.astype(self.dtype)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the base."""
-        return self.base.shape
-
-    @property
-    def dtype(self) -> Any:
-        """Type of the base."""
-        return self.base.dtype
 
 
 def hra(

@@ -34,7 +34,7 @@ PEFT = portable.Form(
 
 
 @operators.operator
-class Scaled:
+class Scaled(operators.Above):
     """after * base(before * x, bias).
 
     base: kernel [..., in, out], or an operator that stands for one. before [..., in]; after [..., out]; None is 1.
@@ -60,16 +60,6 @@ class Scaled:
         """after * bias [..., out], in the type of the bias."""
         inner = operators.dense_bias(self.base, bias)
         return inner if self.after is None else (self.after * inner.astype(jnp.float32)).astype(bias.dtype)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the base."""
-        return self.base.shape
-
-    @property
-    def dtype(self) -> Any:
-        """Type of the base."""
-        return self.base.dtype
 
 
 def ia3(

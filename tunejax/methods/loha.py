@@ -32,7 +32,7 @@ PEFT = portable.Form(
 
 
 @operators.operator
-class LoHa:
+class LoHa(operators.Added):
     """base(x) + scale · x ((a1 b1) ∘ (a2 b2)).
 
     base: kernel [..., in, out], or an operator that stands for one. a1, a2 [..., in, rank]; b1, b2 [..., rank, out].
@@ -45,28 +45,9 @@ class LoHa:
     b2: jax.Array
     scale: float = operators.static(default=1.0)
 
-    def __call__(self, x: jax.Array, bias: jax.Array | None = None) -> jax.Array:
-        """x [..., in] -> [..., out]."""
-        return operators.apply(self.base, x, bias) + operators.apply(self.change(None), x)
-
-    def change(self, precision: str | None) -> jax.Array:
+    def change(self) -> jax.Array:
         """What is added to the kernel [..., in, out]."""
-        one = jnp.matmul(self.a1, self.b1, precision=precision)
-        return self.scale * one * jnp.matmul(self.a2, self.b2, precision=precision)
-
-    def dense(self) -> jax.Array:
-        """The sum, added in float32 and rounded once to the type of the base."""
-        return (operators.dense(self.base).astype(jnp.float32) + self.change("highest")).astype(self.dtype)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the base."""
-        return self.base.shape
-
-    @property
-    def dtype(self) -> Any:
-        """Type of the base."""
-        return self.base.dtype
+        return self.scale * (self.a1 @ self.b1) * (self.a2 @ self.b2)
 
 
 def loha(

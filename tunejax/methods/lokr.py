@@ -55,7 +55,7 @@ PEFT = {"lokr": _LOKR, "krona": _LOKR._replace(read=None, written=_as_lokr)}
 
 
 @operators.operator
-class Kronecker:
+class Kronecker(operators.Added):
     """base(x) + scale · x (k1 ⊗ k2).
 
     base: kernel [..., in1 · in2, out1 · out2], or an operator. k1 [..., in1, out1]; k2 [..., in2, out2].
@@ -73,20 +73,9 @@ class Kronecker:
         both = jnp.einsum("...mk,ml->...lk", second, self.scale * self.k1.astype(x.dtype))
         return operators.apply(self.base, x, bias) + both.reshape(*x.shape[:-1], -1)
 
-    def dense(self) -> jax.Array:
-        """base + scale · k1 ⊗ k2, added in float32 and rounded once to the type of the base."""
-        product = jnp.einsum("...ml,...nk->...mnlk", self.k1, self.k2).reshape(self.shape)
-        return (operators.dense(self.base).astype(jnp.float32) + self.scale * product).astype(self.dtype)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the base."""
-        return self.base.shape
-
-    @property
-    def dtype(self) -> Any:
-        """Type of the base."""
-        return self.base.dtype
+    def change(self) -> jax.Array:
+        """scale · k1 ⊗ k2, which is added to the kernel [..., in, out]."""
+        return self.scale * jnp.einsum("...ml,...nk->...mnlk", self.k1, self.k2).reshape(self.shape)
 
 
 def lokr(

@@ -34,7 +34,7 @@ PEFT = portable.Form(
 
 
 @operators.operator
-class Sharded:
+class Sharded(operators.Added):
     """base(x) + (sum of the shards of dropout(x)) b.
 
     base: kernel [..., in, out], or an operator that stands for one. b [..., rank, out].
@@ -54,22 +54,10 @@ class Sharded:
         shared = inner.reshape(*x.shape[:-1], -1, rank).sum(-2)
         return operators.apply(self.base, x, bias) + operators.apply(self.b, shared)
 
-    def dense(self) -> jax.Array:
-        """b added to every shard in float32, rounded once to the type of the base."""
-        kernel = operators.dense(self.base).astype(jnp.float32)
-        rank, fan_in = self.b.shape[-2], kernel.shape[-2]
-        change = jnp.tile(self.b, (-(-fan_in // rank), 1))[..., :fan_in, :]
-        return (kernel + change).astype(self.dtype)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the base."""
-        return self.base.shape
-
-    @property
-    def dtype(self) -> Any:
-        """Type of the base."""
-        return self.base.dtype
+    def change(self) -> jax.Array:
+        """What is added to the kernel [..., in, out]: b at every shard."""
+        fan_in = self.shape[-2]
+        return jnp.tile(self.b, (-(-fan_in // self.b.shape[-2]), 1))[..., :fan_in, :]
 
 
 def miss(

@@ -60,7 +60,7 @@ PEFT = {
 
 
 @operators.operator
-class Rotated:
+class Rotated(operators.Above):
     """base(x R) · s, where x R applies the last of the factors first.
 
     base: kernel [..., in, out], or an operator. blocks [..., factors, in / block, block, block], each orthogonal.
@@ -89,16 +89,6 @@ class Rotated:
             columns = butterfly(columns, jnp.swapaxes(self.blocks[..., i, :, :, :], -1, -2), i)
         out = jnp.swapaxes(columns, -1, -2)
         return (out if self.s is None else out * self.s[..., None, :]).astype(self.dtype)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the base."""
-        return self.base.shape
-
-    @property
-    def dtype(self) -> Any:
-        """Type of the base."""
-        return self.base.dtype
 
 
 def butterfly(x: jax.Array, blocks: jax.Array, level: int) -> jax.Array:

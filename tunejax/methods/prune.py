@@ -25,7 +25,7 @@ SCHEDULES = ("cubic", "one_shot")
 
 
 @operators.operator
-class Sparse:
+class Sparse(operators.Above):
     """x (mask ∘ base): base is an operator that stands for a kernel [..., in, out]; mask bool of its shape."""
 
     base: Any
@@ -40,16 +40,6 @@ class Sparse:
         """mask ∘ base."""
         kernel = operators.dense(self.base)
         return jnp.where(self.mask, kernel, jnp.zeros_like(kernel))
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the base."""
-        return self.base.shape
-
-    @property
-    def dtype(self) -> Any:
-        """Type of the base."""
-        return self.base.dtype
 
 
 def prune(

@@ -24,7 +24,7 @@ ALIASES = {
 
 
 @operators.operator
-class Edited:
+class Edited(operators.Above):
     """h + (h m + c - h r) r.T with h = base(x) + bias.
 
     base: kernel [..., in, out], or an operator. m [..., out, rank]; r [..., out, rank], orthonormal columns;
@@ -44,16 +44,6 @@ class Edited:
     def dense(self) -> jax.Array:
         """Raises NotLinear: the edit acts on the bias too, and adds one."""
         raise errors.NotLinear("loreft edits what the site gives, its bias included; no kernel does that")
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the base."""
-        return self.base.shape
-
-    @property
-    def dtype(self) -> Any:
-        """Type of the base."""
-        return self.base.dtype
 
 
 def orthonormal(raw: jax.Array) -> jax.Array:

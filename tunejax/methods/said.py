@@ -23,7 +23,7 @@ ALIASES = {k: v for k, v in low_rank.ALIASES.items() if v in ("targets", "layers
 
 
 @operators.operator
-class Subspace:
+class Subspace(operators.Added):
     """base(x) + x (strength · P theta).
 
     base: kernel [..., in, out], or an operator. theta [..., dim]; strength [...]; seed [..., 2] of P.
@@ -33,10 +33,6 @@ class Subspace:
     theta: jax.Array
     strength: jax.Array
     seed: jax.Array
-
-    def __call__(self, x: jax.Array, bias: jax.Array | None = None) -> jax.Array:
-        """x [..., in] -> [..., out]."""
-        return operators.apply(self.base, x, bias) + operators.apply(self.change(), x)
 
     def change(self) -> jax.Array:
         """What is added to the kernel [..., in, out]."""
@@ -48,20 +44,6 @@ class Subspace:
         for _ in self.shape[:-2]:
             one = jax.vmap(one)
         return one(self.theta, self.strength, self.seed)
-
-    def dense(self) -> jax.Array:
-        """The sum, added in float32 and rounded once to the type of the base."""
-        return (operators.dense(self.base).astype(jnp.float32) + self.change()).astype(self.dtype)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the base."""
-        return self.base.shape
-
-    @property
-    def dtype(self) -> Any:
-        """Type of the base."""
-        return self.base.dtype
 
 
 def fastfood(theta: jax.Array, seed: jax.Array, size: int) -> jax.Array:
