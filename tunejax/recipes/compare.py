@@ -23,7 +23,7 @@ from tunejax.config import compare, schema
 from tunejax.core import errors
 from tunejax.core import method as methods
 from tunejax.core.model import key_shape
-from tunejax.recipes import assemble, folder, runtime, settings, standings, train, validate
+from tunejax.recipes import assemble, folder, outcome, runtime, settings, standings, train, validate
 from tunejax.train import step
 
 RECORD = "compare.yaml"
@@ -183,7 +183,7 @@ def missed(run: compare.Run) -> list[str]:
     if not finished(run):
         return []
     text = (Path(run.config.output_dir) / "summary.json").read_text(encoding="utf-8")
-    return train.check_expected(run.config, json.loads(text))
+    return outcome.check_expected(run.config, json.loads(text))
 
 
 @contextmanager

@@ -4,9 +4,8 @@ Each entry of `many:` says what one member has else than the config: `seed`, `tr
 change is a product of factors, `method.rank` and `method.alpha`. Each member ends as a run folder of its own.
 """
 
-import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import optax
@@ -15,8 +14,51 @@ from tunejax.config import schema
 from tunejax.core import errors, paths, table
 from tunejax.core.model import key_shape
 from tunejax.methods import report
-from tunejax.recipes import adapter, assemble, folder, members, rows, runtime, samples, settings, teacher, train
+from tunejax.recipes import (
+    adapter,
+    assemble,
+    folder,
+    members,
+    outcome,
+    rows,
+    runtime,
+    samples,
+    settings,
+    teacher,
+    train,
+)  # fmt: skip
 from tunejax.train import checkpoint, loop, many, metrics, sharding, state, step
+
+
+class Ready(NamedTuple):
+    """What is known of the members before weights are read.
+
+    configs, own, plans: one of each member: its config, its parts, what its factors are; loaders: by seed.
+    """
+
+    config: schema.Config
+    configs: list[schema.Config]
+    plans: list[Any]
+    parts: assemble.Parts
+    own: list[assemble.Parts]
+    data: rows.Rows
+    loaders: dict[int, rows.Loaders]
+    total: int
+    beside: Any
+
+    @property
+    def evaluation(self) -> Any:
+        """Batches of the held-out rows, which are the same for all."""
+        return self.loaders[self.configs[0].seed].evaluation
+
+
+class Begun(NamedTuple):
+    """What the loop starts from. state: of all members; likes, kept: one of each, as of `train.Begun`."""
+
+    parts: assemble.Parts
+    likes: list[Any]
+    state: state.TrainState
+    kept: list[outcome.Kept]
 
 
 def run(config: schema.Config) -> dict[str, Any]:
@@ -27,14 +69,34 @@ def run(config: schema.Config) -> dict[str, Any]:
     """
     configs = members.configs_of(config)
     out = folder.claim(config)
-    if (out / "summary.json").is_file():
-        print(f"{out} is finished; this is its summary. Remove summary.json to measure and sample anew.")
-        return json.loads((out / "summary.json").read_text(encoding="utf-8"))
+    ended = outcome.finished(out)
+    if ended is not None:
+        return ended
     runtime.begin()
     if jax.process_count() > 1:
         raise errors.ConfigError("many: several members run in one process; start one, or train them one by one")
+    ready = prepare(config, configs)
+    begun = begin(ready)
+    for c in [config, *configs]:  # from here on files are written
+        folder.begin(c)
+    judges = [judge(p._replace(objective=begun.parts.objective), ready.data, ready.evaluation) for p in ready.own]
+    first = [
+        samples.before(j, many.member(begun.state, i, like), begun.kept[i].base, Path(c.output_dir))
+        for i, (j, like, c) in enumerate(zip(judges, begun.likes, configs, strict=True))
+    ]
+    result = through(ready, begun)
+    stopped = outcome.stopped(result)
+    if stopped is not None:
+        return stopped
+    outcome.check_untouched(begun.kept[0])
+    summaries = [leave(ready, begun, result, i, judges[i], first[i]) for i in range(len(configs))]
+    summary = {"step": result.step, "stopped": result.stopped, "members": summaries}
+    folder.write_json(out / "summary.json", summary)
+    return summary
 
-    # What the config names, and the rows, once for all.
+
+def prepare(config: schema.Config, configs: list[schema.Config]) -> Ready:
+    """What the config names, and the rows, once for all. Raises ConfigError where members cannot be in one program."""
     mesh = sharding.make_mesh(**config.mesh.model_dump())
     sizes = settings.batches(config, mesh)
     largest, plans = members.plan(configs)
@@ -47,10 +109,13 @@ def run(config: schema.Config) -> dict[str, Any]:
         raise errors.ConfigError("many: with distill.on_policy each member writes its own rows; train them one by one")
     loaders = {c.seed: rows.loaders(c, data, sizes, parts.tokenizer, beside) for c in configs}
     total = members.steps(config, loaders.values())
-    evaluation = loaders[configs[0].seed].evaluation
+    return Ready(config, configs, plans, parts, own, data, loaders, total, beside)
 
-    # One base; what every member begins with.
-    taught = teacher.find(parts, beside)
+
+def begin(ready: Ready) -> Begun:
+    """One base, and what every member begins with."""
+    parts, own = ready.parts, ready.own
+    taught = teacher.find(parts, ready.beside)
     if taught.sizes:
         raise errors.ConfigError(
             f"many: distill.hidden trains projections beside {parts.method.name}, which members of one program cannot; "
@@ -62,66 +127,54 @@ def run(config: schema.Config) -> dict[str, Any]:
     likes = [jax.eval_shape(p.method.init, key_shape(), loaded.params) for p in own]
     counts = [table.table(loaded.params, like.train, like.edits) for like in likes]
     told = report.describe(parts.method, loaded.params, shapes)
-    train.announce(parts, table.table(loaded.params, shapes.train, shapes.edits), told, data, total)
+    train.announce(parts, table.table(loaded.params, shapes.train, shapes.edits), told, ready.data, ready.total)
     fresh = {p: adapter.on_host(paths.get(loaded.params, p)) for p in loaded.fresh if p not in shapes.edits}
-    optimizer = settings.optimizer(config, total)
+    factors = [many.factors_of(shapes, members.keyed(parts.method, f)) for f in ready.plans]
+    optimizer = settings.optimizer(ready.config, ready.total)
     begun, base = many.start(
-        parts.model, parts.method, [p.method for p in own],
-        [many.factors_of(shapes, members.keyed(parts.method, f)) for f in plans], optimizer, loaded.params,
-        [jax.random.key(c.seed) for c in configs], mesh, heads=heads,
+        parts.model, parts.method, [p.method for p in own], factors, optimizer, loaded.params,
+        [jax.random.key(c.seed) for c in ready.configs], parts.mesh, heads=heads,
     )  # fmt: skip
-    parts = teacher.beside(parts, taught, base)
-    loaded = loaded._replace(params={})
-
-    # The loop. From here on files are written.
-    folder.begin(config)
-    for c in configs:
-        folder.begin(c)
-    one = many.make_step(
-        parts.model, parts.method, parts.objective, lambda rate: settings.optimizer(config, total, rate),
-        [c.train.learning_rate for c in configs], mesh=mesh, accumulate=sizes.accumulate,
-        max_grad_norm=config.train.max_grad_norm,
-    )  # fmt: skip
-    judges = [judge(p._replace(objective=parts.objective), data, evaluation) for p in own]
-    first = [
-        samples.before(j, many.member(begun, i, like), base, Path(c.output_dir))
-        for i, (j, like, c) in enumerate(zip(judges, likes, configs, strict=True))
+    kept = [
+        outcome.Kept(p, {}, base, loaded.base, loaded.prints, shapes.edits, fresh, count)
+        for p, count in zip(own, counts, strict=True)
     ]
-    together = members.Together([loaders[c.seed].train for c in configs])
+    return Begun(teacher.beside(parts, taught, base), likes, begun, kept)
+
+
+def through(ready: Ready, begun: Begun) -> loop.Result:
+    """All steps of all members."""
+    config, parts, out = ready.config, begun.parts, Path(ready.config.output_dir)
+    one = many.make_step(
+        parts.model, parts.method, parts.objective, lambda rate: settings.optimizer(config, ready.total, rate),
+        [c.train.learning_rate for c in ready.configs], mesh=parts.mesh,
+        accumulate=settings.batches(config, parts.mesh).accumulate, max_grad_norm=config.train.max_grad_norm,
+    )  # fmt: skip
     saved = checkpoint.Checkpointer(out / "checkpoints", keep=config.train.save_total_limit)
     result = loop.fit(
-        one, begun, base, together, settings.loop_options(config, total),
-        eval_loader=evaluation,
+        one, begun.state, begun.kept[0].base, members.Together([ready.loaders[c.seed].train for c in ready.configs]),
+        settings.loop_options(config, ready.total),
+        eval_loader=ready.evaluation,
         checkpointer=saved,
         writers=lambda at: metrics.make_writers(out, config.train.report_to, at),
-        learning_rate=optimizer.learning_rate,
+        learning_rate=settings.optimizer(config, ready.total).learning_rate,
     )  # fmt: skip
     saved.close()
-    if result.stopped.startswith("SIG"):
-        print(f"stopped by {result.stopped} at step {result.step}; the same command goes on from there")
-        return {"stopped": result.stopped, "step": result.step}
+    return result
 
-    # What comes out: a run folder for each member, and a summary of all.
-    train.check_untouched(loaded.prints, base, shapes.edits)
-    summaries = []
-    for i, (c, like) in enumerate(zip(configs, likes, strict=True)):
-        final, where = many.member(result.state, i, like), Path(c.output_dir)
-        ran = {
-            "step": result.step, "steps_run": result.step, "stopped": result.stopped,
-            "best_step": None, "skipped_updates": int(final.nonfinite[1]),
-            "optimizer_bytes": state.nbytes(result.state.opt_state) // len(configs), "step_memory_bytes": result.memory,
-            "tokens_per_second": result.watch.tokens_per_second, "train_seconds": result.watch.seconds,
-        }  # fmt: skip
-        folder.write_rows(where / "metrics.jsonl", members.log_of(out, config, c, i))
-        print(f"member {i}: seed {c.seed}, learning rate {c.train.learning_rate:g}, {judges[i].parts.method.name}")
-        summary, scores = train.leave(
-            where, judges[i].parts, {}, judges[i], final, base, loaded.base, counts[i], fresh, first[i], ran
-        )
-        train.conclude(where, judges[i].parts, first[i], scores, summary)
-        summaries.append({"output_dir": c.output_dir, "seed": c.seed, **summary})
-    summary = {"step": result.step, "stopped": result.stopped, "members": summaries}
-    folder.write_json(out / "summary.json", summary)
-    return summary
+
+def leave(
+    ready: Ready, begun: Begun, result: loop.Result, i: int, judge: samples.Judge, first: dict[str, float]
+) -> dict[str, Any]:
+    """The run folder of one member; returns its part of the summary."""
+    config = ready.configs[i]
+    final, out = many.member(result.state, i, begun.likes[i]), Path(config.output_dir)
+    folder.write_rows(out / "metrics.jsonl", members.log_of(Path(ready.config.output_dir), ready.config, config, i))
+    print(f"member {i}: seed {config.seed}, learning rate {config.train.learning_rate:g}, {judge.parts.method.name}")
+    ran = outcome.ran(result, result.step, final, len(ready.configs)) | {"best_step": None}
+    summary, scores = outcome.leave(out, begun.kept[i], judge, final, first, ran)
+    outcome.conclude(out, judge.parts, first, scores, summary)
+    return {"output_dir": config.output_dir, "seed": config.seed, **summary}
 
 
 def judge(parts: assemble.Parts, data: rows.Rows, batches: Any) -> samples.Judge:

@@ -20,7 +20,7 @@ from tunejax.core import errors, masked, method
 from tunejax.core.model import key_shape
 from tunejax.interop import hf
 from tunejax.models import cut
-from tunejax.recipes import artefact, assemble, before_after, folder, latency, runtime, search, train
+from tunejax.recipes import artefact, assemble, before_after, folder, latency, outcome, runtime, search, train
 
 RECORD = "shrink.json"
 SEARCHED = ("parameters", "flops", "metric", "evaluations", "seed")
@@ -43,9 +43,9 @@ def main(args: argparse.Namespace) -> int:
         config = latency.resolved(config)
         check(config)
         summary = train.run(config)
-        if train.was_stopped(summary):
+        if outcome.was_stopped(summary):
             return 0
-        code = int(train.told_missed(config, summary))
+        code = int(outcome.told_missed(config, summary))
     asked = {**command(args), "config": digest(args.run)}
     found = written(output, asked)
     if found is None:
