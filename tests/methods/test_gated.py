@@ -41,6 +41,14 @@ def test_lora_behind_a_gate(reads):
     np.testing.assert_allclose(op(jnp.asarray(x)), h + gate[..., None] * 3 * x @ t["a"] @ t["b"], atol=1e-4)
 
 
+def test_whatever_adds_to_a_kernel_may_stand_behind_a_gate():
+    kernel, op, t = layer({"name": "gated", "method": {"name": "miss", "rank": 3, "targets": "attention/q/kernel"}}, Q)
+    x = np.random.default_rng(0).standard_normal((2, 5, 16)).astype(np.float32)
+    gate = sigmoid(x @ t["gate"] + t["gate_bias"])
+    change = x @ np.tile(t["b"], (6, 1))[:16]
+    np.testing.assert_allclose(op(jnp.asarray(x)), x @ np.asarray(kernel) + gate[..., None] * change, atol=1e-4)
+
+
 def test_an_adapter_behind_a_gate_that_reads_what_the_adapter_reads():
     spec = {"name": "gated", "method": {"name": "pfeiffer", "width": 3}, "reads": "output"}
     kernel, op, t = layer(spec, DOWN, tiny.BERT, "mlm")

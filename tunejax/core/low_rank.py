@@ -54,8 +54,7 @@ class LowRank(operators.Added):
             out = summed(self.scale, x.reshape(-1, x.shape[-1]), self.base, self.a, self.b)
             out = out.reshape(*x.shape[:-1], -1)
             return out if bias is None else out + bias.astype(x.dtype)
-        h, change = self.parts(x, bias)
-        return h + change
+        return super().__call__(x, bias)
 
     def parts(self, x: jax.Array, bias: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
         """What the base gives, and what is added to it; each [..., out]."""
@@ -74,7 +73,7 @@ class LowRank(operators.Added):
         exact = x.dtype == self.base.dtype == self.a.dtype == jnp.float32
         return exact and self.a.ndim == 2 and x.size * (fan_in + fan_out) >= fan_in * fan_in * fan_out
 
-    def change(self) -> jax.Array:
+    def delta(self) -> jax.Array:
         """scale · a b, which is added to the kernel [..., in, out]."""
         return self.scale * (self.a @ self.b)
 

@@ -57,21 +57,26 @@ class Above:
 
 
 class Added(Above, abc.ABC):
-    """base(x) + x change(). A class that knows a cheaper way than by the whole of `change` has a call of its own."""
+    """base(x) + x delta(). A class that knows a cheaper way than by the whole of `delta` has `parts` of its own."""
 
     @abc.abstractmethod
-    def change(self) -> jax.Array:
+    def delta(self) -> jax.Array:
         """What is added to the kernel [..., in, out], in float32."""
+
+    def parts(self, x: jax.Array, bias: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+        """What the base gives, and what is added to it; each [..., out]."""
+        return apply(self.base, x, bias), apply(self.delta(), x)
 
     def __call__(self, x: jax.Array, bias: jax.Array | None = None) -> jax.Array:
         """x [..., in] -> [..., out]."""
-        return apply(self.base, x, bias) + apply(self.change(), x)
+        h, change = self.parts(x, bias)
+        return h + change
 
     def dense(self) -> jax.Array:
         """The sum, added in float32 and rounded once to the type of the base."""
         with jax.default_matmul_precision("highest"):
-            change = self.change()
-        return (dense(self.base).astype(jnp.float32) + change).astype(self.dtype)
+            delta = self.delta()
+        return (dense(self.base).astype(jnp.float32) + delta).astype(self.dtype)
 
 
 def static(**kwargs: Any) -> Any:

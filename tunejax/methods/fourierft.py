@@ -45,7 +45,7 @@ class Spectral(operators.Added):
     scaling: float = operators.static(default=1.0)
     seed: int = operators.static(default=0)
 
-    def change(self) -> jax.Array:
+    def delta(self) -> jax.Array:
         """What is added to the kernel [..., in, out], in float32."""
         *lead, fan_in, fan_out = self.shape
         places = drawn(fan_in * fan_out, self.spectrum.shape[-1], self.seed)

@@ -45,7 +45,7 @@ class LoHa(operators.Added):
     b2: jax.Array
     scale: float = operators.static(default=1.0)
 
-    def change(self) -> jax.Array:
+    def delta(self) -> jax.Array:
         """What is added to the kernel [..., in, out]."""
         return self.scale * (self.a1 @ self.b1) * (self.a2 @ self.b2)
 

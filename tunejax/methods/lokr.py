@@ -66,14 +66,14 @@ class Kronecker(operators.Added):
     k2: jax.Array
     scale: float = operators.static(default=1.0)
 
-    def __call__(self, x: jax.Array, bias: jax.Array | None = None) -> jax.Array:
-        """x [..., in] -> [..., out]."""
+    def parts(self, x: jax.Array, bias: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+        """What the base gives, and what is added to it; each [..., out]."""
         split = x.reshape(*x.shape[:-1], self.k1.shape[-2], self.k2.shape[-2])
         second = operators.apply(self.k2, split)
         both = jnp.einsum("...mk,ml->...lk", second, self.scale * self.k1.astype(x.dtype))
-        return operators.apply(self.base, x, bias) + both.reshape(*x.shape[:-1], -1)
+        return operators.apply(self.base, x, bias), both.reshape(*x.shape[:-1], -1)
 
-    def change(self) -> jax.Array:
+    def delta(self) -> jax.Array:
         """scale · k1 ⊗ k2, which is added to the kernel [..., in, out]."""
         return self.scale * jnp.einsum("...ml,...nk->...mnlk", self.k1, self.k2).reshape(self.shape)
 

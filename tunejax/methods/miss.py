@@ -46,15 +46,15 @@ class Sharded(operators.Added):
     key: Any = None
     dropout: float = operators.static(default=0.0)
 
-    def __call__(self, x: jax.Array, bias: jax.Array | None = None) -> jax.Array:
-        """x [..., in] -> [..., out]."""
+    def parts(self, x: jax.Array, bias: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+        """What the base gives, and what is added to it; each [..., out]."""
         rank = self.b.shape[-2]
         inner = low_rank.drop(x, self.dropout, self.key)
         inner = jnp.pad(inner, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % rank)])
         shared = inner.reshape(*x.shape[:-1], -1, rank).sum(-2)
-        return operators.apply(self.base, x, bias) + operators.apply(self.b, shared)
+        return operators.apply(self.base, x, bias), operators.apply(self.b, shared)
 
-    def change(self) -> jax.Array:
+    def delta(self) -> jax.Array:
         """What is added to the kernel [..., in, out]: b at every shard."""
         fan_in = self.shape[-2]
         return jnp.tile(self.b, (-(-fan_in // self.b.shape[-2]), 1))[..., :fan_in, :]

@@ -34,7 +34,7 @@ class Subspace(operators.Added):
     strength: jax.Array
     seed: jax.Array
 
-    def change(self) -> jax.Array:
+    def delta(self) -> jax.Array:
         """What is added to the kernel [..., in, out]."""
         fan_in, fan_out = self.shape[-2:]
 
