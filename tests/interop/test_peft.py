@@ -373,6 +373,30 @@ def test_an_adapter_that_would_be_misread_is_refused(written, entries, said):
         read(adapter, folder, head)
 
 
+def test_a_bias_of_an_adapter_is_refused(written):
+    adapter, folder, head = written
+    tensors = safetensors.load_file(adapter / ours.WEIGHTS)
+    name = next(k for k in tensors if k.endswith("lora_B.weight"))
+    tensors[name.removesuffix("weight") + "bias"] = np.ones(len(tensors[name]), np.float32)
+    safetensors.save_file(tensors, adapter / ours.WEIGHTS)
+    with pytest.raises(errors.CheckpointError, match=r"knows nothing of .*lora_B\.bias"):
+        read(adapter, folder, head)
+    changed(adapter, lora_bias=True)
+    with pytest.raises(errors.CheckpointError, match="lora_bias: True"):
+        read(adapter, folder, head)
+
+
+def test_an_alpha_that_is_not_said_is_pefts_own(written):
+    adapter, folder, head = written
+    settings = json.loads((adapter / ours.CONFIG).read_text())
+    del settings["lora_alpha"]
+    (adapter / ours.CONFIG).write_text(json.dumps(settings))
+    theirs = peft.PeftModel.from_pretrained(their_model(folder, head), adapter).eval()
+    logits, found, _ = read(adapter, folder, head)
+    np.testing.assert_allclose(logits, their_logits(theirs), atol=1e-5, rtol=1e-5)
+    assert found.specs[0]["alpha"] == 8.0
+
+
 def test_a_tensor_without_a_place_is_named(written):
     adapter, folder, head = written
     tensors = safetensors.load_file(adapter / ours.WEIGHTS)

@@ -52,3 +52,5 @@ def test_more_coefficients_than_a_kernel_has_are_refused():
         fourierft.fourierft("attention/v/kernel").init(jax.random.key(0), tiny.params())
     with pytest.raises(errors.ConfigError, match="n_frequency is 0"):
         fourierft.fourierft(n_frequency=0)
+    with pytest.raises(errors.ConfigError, match="seed is -1"):
+        fourierft.fourierft(seed=-1)

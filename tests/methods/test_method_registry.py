@@ -60,6 +60,16 @@ def test_pefts_words():
     assert jax.tree.structure(a) == jax.tree.structure(b)
     every = registry.build({"name": "lora", "target_modules": "all-linear"})
     assert len(every.init(KEY, tiny.params()).train) == 7
+    some = registry.build({"name": "lora", "target_modules": ["q_proj"], "layers_to_transform": [2, 1]})
+    assert some.cuts(3) == (1,)
+
+
+@pytest.mark.parametrize("name", ["lora", "houlsby", "quantize", "prune", "miss"])
+@pytest.mark.parametrize("target", ["mlp/**", "embed/table"])
+def test_what_is_no_kernel_is_refused(name, target):
+    """A norm's scale has as many axes in a stack as a kernel outside, and a table as many as a kernel."""
+    with pytest.raises(errors.TargetError, match=r"needs a kernel, as in mlp/\*\*/kernel"):
+        registry.build({"name": name, "targets": target}).init(KEY, tiny.params())
 
 
 @pytest.mark.parametrize(
@@ -75,6 +85,7 @@ def test_pefts_words():
         ({"name": "lora", "rank": 4, "r": 4}, "another word for 'rank'"),
         ({"name": "lora", "rank": -1}, "at least 1"),
         ({"name": "last_k"}, "k: required"),
+        ({"name": "lora", "layers_to_transform": [0, 2]}, "[0, 2] is no run of layers"),
         ({"rank": 3}, "a mapping with a name"),
         ([], "the list is empty"),
         ({"name": "nowhere.py:f"}, "no file nowhere.py"),

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import peft_pair
 import pytest
+import tiny
 
 from tunejax.core import errors
 from tunejax.core.method import Context
@@ -38,3 +39,5 @@ def test_shards_share_their_rows_and_what_is_dropped_is_dropped_before_the_sum()
 def test_bad_arguments():
     with pytest.raises(errors.ConfigError, match="rank is 0"):
         miss.miss(rank=0)
+    with pytest.raises(errors.TargetError, match="rank is 64, and a kernel's input has 16 entries"):
+        miss.miss("mlp/up/kernel").init(jax.random.key(0), tiny.params())

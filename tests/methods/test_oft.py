@@ -10,7 +10,7 @@ import pytest
 import tiny
 
 from tunejax.core import errors
-from tunejax.methods import oft
+from tunejax.methods import oft, registry
 
 torch = peft_pair.torch
 
@@ -67,6 +67,18 @@ def test_butterflies_equal_pefts_matrices():
     op = method.bind({"w": {"kernel": jnp.asarray(w)}}, train, {}, oft.Context())["w"]["kernel"]
     np.testing.assert_allclose(op(jnp.asarray(x), jnp.asarray(bias)), x @ whole @ w * s + bias, atol=2e-5)
     np.testing.assert_allclose(op.dense(), whole @ w * s, atol=1e-5)
+
+
+def test_a_bias_that_a_method_before_scales_stays_scaled():
+    params = {"w": {"kernel": jnp.eye(4), "bias": jnp.ones(4)}}
+    method = registry.build([{"name": "ia3", "targets": "w/kernel"}, {"name": "boft", "targets": "w/kernel"}])
+    start = method.init(jax.random.key(0), params)
+    ia3, boft = start.train
+    train = {**start.train, ia3: jax.tree.map(lambda x: 2 * x, start.train[ia3])}
+    state = {ia3: {}, boft: {}}
+    bound, merged = method.bind(params, train, state, oft.Context())["w"], method.merge(params, train, state)["w"]
+    np.testing.assert_allclose(bound["kernel"](jnp.zeros((1, 4)), bound["bias"]), np.full((1, 4), 2.0))
+    np.testing.assert_allclose(merged["bias"], np.full(4, 2.0))
 
 
 def test_the_exact_cayley_transform_is_orthogonal():

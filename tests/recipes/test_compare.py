@@ -198,6 +198,7 @@ def test_a_failed_method_stands_in_the_table(world, tmp_path, capsys):
         (["compare.sed=1"], "unknown key. Did you mean 'seeds'"),
         (["seed=1"], "seed: the seeds of a comparison stand in compare.seeds"),
         (["method=full"], "method: the methods of a comparison stand in compare.methods"),
+        (["many=[{seed: 1}]"], "many: a comparison's runs are one each"),
         (["data.eval_path=null", "train.eval_steps=null"], "set data.eval_path"),
         (["--only", "smal"], "Did you mean 'small'"),
     ],

@@ -100,6 +100,13 @@ def test_a_head_that_the_checkpoint_lacks_is_each_members_own(path, tmp_path, ca
     assert "begins differently for each member and is frozen: let it train" in capsys.readouterr().err
 
 
+def test_a_preset_before_what_differs_is_told(path, tmp_path, capsys):
+    """It is several methods, so that what differs would be counted to another."""
+    chain = "method=[{name: mam, length: 2, width: 4}, {name: lora, rank: 2, targets: attention/q/kernel}]"
+    assert cli.main(["train", str(path), chain, "many=[{seed: 0}, {seed: 0, method.1.alpha: 64.0}]"]) == 2
+    assert "a preset in a list of methods is several of them" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("entry", "said"),
     [

@@ -176,6 +176,18 @@ def test_what_does_not_combine_is_told(runs, tmp_path, capsys, names, flags, sai
     assert not (tmp_path / "out").exists()
 
 
+def test_runs_of_other_layers_are_refused_before_anything_is_written(runs, tmp_path, capsys):
+    lower, higher = ({**RUNS["two"], "layers": layers} for layers in (":1", "1:"))
+    for name, method in (("lower", lower), ("higher", higher)):
+        changes = [f"method={json.dumps(method)}", f"output_dir={tmp_path / name}", "train.max_steps=1"]
+        assert cli.main(["train", str(runs / "my.yaml"), *changes]) == 0
+    pair = [str(tmp_path / "lower"), str(tmp_path / "higher")]
+    assert cli.main(["merge", *pair, "--output", str(tmp_path / "both")]) == 2
+    assert "the runs train other layers (:1, 1:); --of weights combines them" in capsys.readouterr().err
+    assert not (tmp_path / "both").exists()
+    assert cli.main(["merge", *pair, "--of", "weights", "--output", str(tmp_path / "both")]) == 0
+
+
 def test_ranks_that_differ_and_other_bases_are_refused(runs, tmp_path, capsys):
     raw = yaml.safe_load((runs / "my.yaml").read_text())
     raw |= {"method": {**RUNS["two"], "rank": 4}, "output_dir": str(tmp_path / "four"), "seed": 0}

@@ -16,7 +16,7 @@ import worlds
 
 from tunejax import cli
 from tunejax.config import load
-from tunejax.core import digest, errors
+from tunejax.core import digest, errors, paths
 from tunejax.interop import hf
 from tunejax.recipes import adapter, artefact, train
 
@@ -165,6 +165,27 @@ def test_full_tuning_and_a_best_checkpoint(world):
     assert summary["step"] == summary["best_step"] == min(losses, key=losses.get)
     assert summary["eval_loss"] == pytest.approx(min(losses.values()), rel=1e-5)
     assert "eval_exact_match" not in summary
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        {"name": "last_k", "k": 1},
+        {"name": "full", "layers": ":1"},
+        [{"name": "lora", "rank": 2, "layers": ":1", "targets": "attention/q/kernel"}, {"name": "last_k", "k": 1}],
+    ],
+    ids=["last layer", "first layer", "beside another"],
+)
+def test_layers_that_train_whole_leave_nothing_behind(world, tmp_path, method):
+    """Of their segment no array stays in the base, by which its layers could be counted."""
+    before, _ = hf.load(world / "model", hf.read_config(world / "model"), head="lm")
+    changes = [f"method={json.dumps(method)}", f"output_dir={tmp_path / 'run'}", "evaluation.exact_match=false"]
+    assert cli.main(["train", str(world / "my.yaml"), *changes]) == 0
+    assert cli.main(["export", str(tmp_path / "run"), "--output", str(tmp_path / "hf")]) == 0
+    after, _ = hf.load(tmp_path / "hf", hf.read_config(tmp_path / "hf"), head="lm")
+    kernel = "layers/0/mlp/up/kernel"
+    moved = np.abs(np.asarray(paths.get(after, kernel)) - np.asarray(paths.get(before, kernel))).max((1, 2)) > 0
+    assert moved.tolist() == [False, True] if method != {"name": "full", "layers": ":1"} else [True, False]
 
 
 def test_classification_keeps_the_head_that_it_drew(world):

@@ -109,6 +109,8 @@ def load_comparison(path: str | Path, assignments: list[str] | tuple[str, ...] =
     for key in ("method", "seed"):
         if key in raw or any(re.match(rf"{key}[.=]", a) for a in theirs):
             raise errors.ConfigError(f"{path}: {key}: the {key}s of a comparison stand in compare.{key}s")
+    if "many" in raw or any(a.startswith("many") for a in theirs):
+        raise errors.ConfigError(f"{path}: many: a comparison's runs are one each; name the members in compare.methods")
     section = _section(_overridden(raw["compare"], ours), str(path))
     shared = {k: v for k, v in raw.items() if k != "compare"}
     runs = []

@@ -33,13 +33,16 @@ def of_leaves(prints: Mapping[str, str]) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def leaf_digests(params: Mapping[str, Any]) -> dict[str, str]:
-    """Absolute path -> "type shape fingerprint"; a stacked leaf has one entry a layer, "layers/7/mlp/up/kernel"."""
+def leaf_digests(params: Mapping[str, Any], starts: Mapping[str, int] | None = None) -> dict[str, str]:
+    """Absolute path -> "type shape fingerprint"; a stacked leaf has one entry a layer, "layers/7/mlp/up/kernel".
+
+    starts: first layer of each segment; by default counted, which needs an array in each of them.
+    """
     arrays = _arrays(params)
     if not arrays:
         return {}
     prints = jax.device_get(_fingerprint_all(arrays))
-    starts = {s.name: s.start for s in paths.segments(params)}
+    starts = {s.name: s.start for s in paths.segments(params)} if starts is None else starts
     out: dict[str, str] = {}
     for path, array in arrays.items():
         kind, found = np.dtype(array.dtype).name, prints[path]

@@ -37,6 +37,6 @@ def kernels(name: str, params: Params, targets: str | list[str]) -> dict[Path, A
     sites = paths.select(params, targets).leaves
     check_plain(name, sites)
     for path, kernel in sites.items():
-        if len(kernel.shape) < 2:
-            raise errors.TargetError(f"{name} targets {path} of shape {tuple(kernel.shape)}; it needs a kernel")
+        if not paths.is_kernel(path, kernel):
+            raise errors.TargetError(paths.no_kernel(name, path, kernel))
     return sites

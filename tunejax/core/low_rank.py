@@ -174,6 +174,7 @@ PEFT = portable.Form(
     write=lambda arrays: {"lora_A.weight": arrays["a"].T, "lora_B.weight": arrays["b"].T},
     read=lambda tensors, _: {"a": tensors["lora_A.weight"].T, "b": tensors["lora_B.weight"].T},
     entries=ENTRIES,
+    absent={"alpha": 8.0},
     patterns=True,
     fuse=_fuse,
     split=lambda arrays, i, of: {"a": arrays["a"], "b": np.split(arrays["b"], of, axis=1)[i]},

@@ -248,6 +248,7 @@ def per_site(
     layers: str | int | None = None,
     axes: Mapping[str, tuple[str | None, ...]] | None = None,
     rates: Mapping[str, float] | None = None,
+    kernels: bool = True,
     **others: Any,
 ) -> Method:
     """A method that wraps each targeted kernel in an operator of its own: two functions, and that is all.
@@ -263,14 +264,15 @@ def per_site(
       layers: only these layers of the stack, as a slice: "-2:".
       axes: how each array is sharded: "in" and "out" stand for the kernel's axes, None for an unsharded one.
       rates: name of an array -> what its learning rate is multiplied by.
+      kernels: whether ``targets`` must be kernels of linear layers; anything else that matched is then a TargetError.
       **others: further fields of `method`.
     """
 
     def init(key: Any, params: Params) -> Start:
         sites = paths.select(params, targets, layers=layers).leaves
         for path, kernel in sites.items():
-            if len(kernel.shape) < 2:
-                raise errors.TargetError(f"{name} targets {path} of shape {tuple(kernel.shape)}; it needs a kernel")
+            if kernels and not paths.is_kernel(path, kernel):
+                raise errors.TargetError(paths.no_kernel(name, path, kernel))
         made = {p: _as_site(new(path_key(key, p), kernel)) for p, kernel in sites.items()}
         common = _as_site(shared(path_key(key, SHARED), sites) if shared else {})
         train = {p: s.train for p, s in made.items()} | ({SHARED: common.train} if common.train else {})

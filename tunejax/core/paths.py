@@ -109,6 +109,17 @@ def matches(pattern: str, path: Path) -> bool:
     return compile_pattern(pattern).fullmatch(path) is not None
 
 
+def is_kernel(path: Path, leaf: Leaf) -> bool:
+    """Whether a leaf is the kernel of a linear layer, [in, out] or, in the stack, [layers, in, out]."""
+    return path.rpartition("/")[2] == "kernel" and len(leaf.shape) >= 2 + path.startswith("layers/")
+
+
+def no_kernel(name: str, path: Path, leaf: Leaf) -> str:
+    """What a method of that name says of a leaf that is none."""
+    shape = tuple(leaf.shape)[path.startswith("layers/") :]
+    return f"{name} targets {path} of shape {shape}; it needs a kernel, as in mlp/**/kernel"
+
+
 class Segment(NamedTuple):
     """One run of layers stored stacked under ``layers/<name>``: layers ``start`` to ``start + size - 1``."""
 
@@ -128,6 +139,11 @@ def segments(params: Mapping[str, Any]) -> list[Segment]:
         found.append(Segment(name, start, size))
         start += size
     return found
+
+
+def starts(cuts: Iterable[int]) -> dict[str, int]:
+    """The first layer of each segment, by its name, of a stack that is cut before these layers."""
+    return {str(i): cut for i, cut in enumerate(sorted({0, *cuts}))}
 
 
 class Selection(NamedTuple):

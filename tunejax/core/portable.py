@@ -26,6 +26,7 @@ class Form(NamedTuple):
     read:      (tensors, arguments) -> arrays; None: what is written is read as another method.
     entries:   argument -> its entry in adapter_config.json; an argument without one is not written, and must be equal
                in all that one folder holds.
+    absent:    argument -> what PEFT takes where its entry is not there, if that is not the method's own default.
     flags:     entries that set it apart from others of its type.
     patterns:  whether PEFT lets rank and alpha differ from module to module.
     plain:     whether PEFT has it for modules that keep kernels as [in, out] (GPT-2's).
@@ -43,6 +44,7 @@ class Form(NamedTuple):
     write: Callable[[Arrays], dict[str, np.ndarray]]
     read: Callable[[Arrays, Arguments], dict[str, np.ndarray]] | None
     entries: Mapping[str, str] = {}
+    absent: Mapping[str, Any] = {}
     flags: Mapping[str, Any] = {}
     patterns: bool = False
     plain: bool = True

@@ -36,7 +36,7 @@ def write(folder: Path, tuned: Tuned, config: ModelConfig, *, head: str, base_na
         something.
     """
     parts, whole = _parts(tuned)
-    arrays, entries = _adapter(parts, tuned.base, config, head)
+    arrays, entries = _adapter(parts, paths.starts(tuned.method.cuts(config.num_layers)), config, head)
     values = _head(whole, tuned.base, config, head)
     written = families.get(config.family).write_config(config, head)
     about = {
@@ -91,7 +91,7 @@ def _parts(tuned: Tuned) -> tuple[list[_Part], dict[str, Any]]:
 
 
 def _adapter(
-    parts: list[_Part], base: Params, config: ModelConfig, head: str
+    parts: list[_Part], starts: dict[str, int], config: ModelConfig, head: str
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """(tensors by name, entries of the config) of adapters that differ in where they stand and in width alone."""
     first = parts[0]
@@ -104,7 +104,7 @@ def _adapter(
             )
         if any(not np.array_equal(x, first.shared[k]) for k, x in part.shared.items()):
             raise errors.ConfigError(f"AdapterHub keeps one set of what all sites share; parts of {part.name} differ")
-        for slot, arrays in _slots(part, base):
+        for slot, arrays in _slots(part, starts):
             if slot in by_slot:
                 raise errors.ConfigError(f"AdapterHub keeps one adapter at a place; two are at {slot.site.path}")
             by_slot[slot] = arrays
@@ -121,9 +121,8 @@ def _adapter(
     return out, entries | _standing(by_slot, first.form, config)
 
 
-def _slots(part: _Part, base: Params) -> list[tuple[Slot, portable.Arrays]]:
+def _slots(part: _Part, starts: dict[str, int]) -> list[tuple[Slot, portable.Arrays]]:
     """The arrays of each layer of each site."""
-    starts = {s.name: s.start for s in paths.segments(base)}
     named = {path: place for place, path in PLACES.items()}
     out: list[tuple[Slot, portable.Arrays]] = []
     for path, arrays in part.sites.items():

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from tunejax.core import errors, operators
+from tunejax.core import errors, operators, paths
 from tunejax.core.method import SHARED, Method
 from tunejax.interop import modules
 from tunejax.interop.modules import Site
@@ -94,7 +94,7 @@ def trained(found: Found, method: Method, train: Any, cuts: tuple[int, ...]) -> 
 
     cuts: of the stack that ``method`` was begun on.
     """
-    starts = {str(i): c for i, c in enumerate(sorted({0, *cuts}))}
+    starts = paths.starts(cuts)
 
     def one(arrays: dict[Site, dict[str, np.ndarray]], part: Mapping[str, Any]) -> dict[str, Any]:
         out: dict[str, Any] = {}

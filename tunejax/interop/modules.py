@@ -41,6 +41,17 @@ def _place(tensor: families.Tensor, layer: int) -> Place:
     return Place(module, name, tensor.transpose, tensor.part)
 
 
+TABLE = "embed/table"
+"""Of the tokens' embeddings."""
+
+
+def tied_head(config: ModelConfig, head: str) -> str | None:
+    """The module in Hugging Face's model whose weight is the embedding table's, or None."""
+    if head == "mlm":
+        return "cls.predictions.decoder"
+    return "lm_head" if head == "lm" and config.tie_embeddings else None
+
+
 def canonical(path: Path, starts: dict[str, int]) -> tuple[Path, int]:
     """("layers/attention/q/kernel", first layer) of "layers/1/attention/q/kernel"; (path, `OUTSIDE`) outside the stack.
 

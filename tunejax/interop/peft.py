@@ -40,6 +40,16 @@ class Tuned(NamedTuple):
     state: Any
 
 
+class World(NamedTuple):
+    """The model that an adapter is written for. starts: first layer of each segment of ``base``."""
+
+    config: ModelConfig
+    head: str
+    base: Params
+    starts: dict[str, int]
+    places: Mapping[Site, Place]
+
+
 class Link(NamedTuple):
     """One method of a chain. module: that defines it; train, state: its own part of what the chain trained."""
 
@@ -71,18 +81,19 @@ def write(folder: Path, tuned: Tuned, config: ModelConfig, *, head: str, base_na
     Raises:
       ConfigError: PEFT has no such method, or no place for this combination of them; the folder holds something.
     """
-    places = modules.places(config, head)
+    starts = paths.starts(tuned.method.cuts(config.num_layers))
+    world = World(config, head, tuned.base, starts, modules.places(config, head))
     adapters, prompts, whole, slots = _parts(tuned, config)
     if len(prompts) > 1 or (prompts and adapters):
         other = adapters[0].name if adapters else "another prompt"
         raise errors.ConfigError(f"PEFT keeps one kind of adapter in a folder; here is a prompt and {other}")
     if prompts or adapters:
-        arrays, settings = prompts[0] if prompts else _adapter(adapters, places, tuned.base)
+        arrays, settings = prompts[0] if prompts else _adapter(adapters, world)
     else:
         form, values = slots[0]
-        arrays, settings = _slotted(form, values, places, tuned.base)
+        arrays, settings = _slotted(form, values, world)
         whole = {p: x for p, x in whole.items() if p not in values}
-    saved, kept = _modules(whole, places, tuned.base, head)
+    saved, kept = _modules(whole, world)
     both = [m for m in kept if any(k.startswith(f"{PREFIX}{m}.") for k in arrays)]
     if both:
         raise errors.ConfigError(
@@ -139,9 +150,7 @@ def _parts(tuned: Tuned, config: ModelConfig) -> tuple[list[_Part], list[peft_pr
     return adapters, prompts, whole, slots
 
 
-def _adapter(
-    parts: list[_Part], places: Mapping[Site, Place], base: Params
-) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+def _adapter(parts: list[_Part], world: World) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """(tensors by key, settings) of adapters of one kind; their ranks and alphas may differ."""
     first = parts[0]
     form = first.form
@@ -152,13 +161,17 @@ def _adapter(
     targeted: dict[str, portable.Arrays] = {}
     plain = set()
     for part in parts:
-        if part.form is not form or any(part.arguments[k] != v for k, v in fixed.items()):
+        if part.form is not form or any(part.arguments.get(k, v) != v for k, v in fixed.items()):
             raise errors.ConfigError(
                 f"PEFT keeps one kind of adapter in a folder; here are {first.name} and {part.name}"
             )
         if not _equal(part.shared, first.shared):
             raise errors.ConfigError(f"PEFT keeps one set of what all sites share; the {len(parts)} parts differ in it")
-        for module, group in _grouped(part, places, base).items():
+        for module, group in _grouped(part, world).items():
+            if module in targeted:
+                raise errors.ConfigError(
+                    f"PEFT keeps one adapter a module; {part.name} is a second one at {module}. Export with --format hf"
+                )
             arrays, changed = _fused(part, group, module)
             tensors.update({f"{PREFIX}{module}.{k}": x for k, x in form.write(arrays).items()})
             targeted[module] = arrays
@@ -193,15 +206,17 @@ class _Layer(NamedTuple):
     width: int
 
 
-def _grouped(part: _Part, places: Mapping[Site, Place], base: Params) -> dict[str, list[_Layer]]:
+def _grouped(part: _Part, world: World) -> dict[str, list[_Layer]]:
     """The layers of a method's sites by module; several where a checkpoint fuses their kernels."""
-    starts = {s.name: s.start for s in paths.segments(base)}
     out: dict[str, list[_Layer]] = {}
     for path, arrays in part.sites.items():
-        ours, first = modules.canonical(path, starts)
-        shape = paths.get(base, path).shape
+        ours, first = modules.canonical(path, world.starts)
+        kernel = paths.get(world.base, path)
+        if kernel is None:
+            raise errors.ConfigError(f"{path} trains whole, and {part.name} adapts it too; PEFT can do one")
+        shape = kernel.shape
         for row in range(shape[0] if first >= 0 else 1):
-            place = places[Site(ours, first + row if first >= 0 else modules.OUTSIDE)]
+            place = world.places[Site(ours, first + row if first >= 0 else modules.OUTSIDE)]
             one = {k: x[row] for k, x in arrays.items()} if first >= 0 else arrays
             out.setdefault(place.module, []).append(_Layer(place, one, shape[-1]))
     return out
@@ -223,10 +238,10 @@ def _fused(part: _Part, group: list[_Layer], module: str) -> tuple[portable.Arra
 
 
 def _slotted(
-    form: portable.Whole, values: Mapping[str, Any], places: Mapping[Site, Place], base: Params
+    form: portable.Whole, values: Mapping[str, Any], world: World
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """(tensors by key, settings) of modules that train whole and have a type of their own."""
-    saved, names = _modules(values, places, base, "")
+    saved, names = _modules(values, world._replace(head=""))
     tensors = {}
     for key, x in saved.items():
         module, _, name = key.rpartition(".")
@@ -234,20 +249,17 @@ def _slotted(
     return tensors, {"peft_type": form.peft_type, "target_modules": names}
 
 
-def _modules(
-    whole: Mapping[str, Any], places: Mapping[Site, Place], base: Params, head: str
-) -> tuple[dict[str, np.ndarray], list[str]]:
+def _modules(whole: Mapping[str, Any], world: World) -> tuple[dict[str, np.ndarray], list[str]]:
     """(tensors by key, names) of the modules of which something trains whole, and of the task's head."""
-    starts = {s.name: s.start for s in paths.segments(base)}
-    flat = {**paths.flatten(base), **whole}
+    flat = {**paths.flatten(world.base), **whole}
     flat = {p: x for p, x in flat.items() if operators.is_array(x)}
-    touched = set(whole) | {p for p in flat if any(paths.matches(g, p) for g in HEADS.get(head, ()))}
+    touched = set(whole) | {p for p in flat if any(paths.matches(g, p) for g in HEADS.get(world.head, ()))}
     values: dict[str, np.ndarray] = {}
     wanted: list[str] = []
     for path, leaf in flat.items():
-        ours, first = modules.canonical(path, starts)
+        ours, first = modules.canonical(path, world.starts)
         for row in range(leaf.shape[0] if first >= 0 else 1):
-            place = places.get(Site(ours, first + row if first >= 0 else modules.OUTSIDE))
+            place = world.places.get(Site(ours, first + row if first >= 0 else modules.OUTSIDE))
             if place is None or place.part[1] > 1:
                 if path in whole:
                     raise errors.ConfigError(f"{path} trains whole, and PEFT can save whole modules only")
@@ -257,4 +269,8 @@ def _modules(
             if path in touched and place.module not in wanted:
                 wanted.append(place.module)
     kept = {k: x for k, x in values.items() if k.rpartition(".")[0] in wanted}
+    tied = modules.tied_head(world.config, world.head)
+    if modules.TABLE in whole and tied is not None:  # what PEFT saves whole no longer shares its weights
+        kept[f"{tied}.weight"] = np.asarray(whole[modules.TABLE])
+        wanted.append(tied)
     return {PREFIX + k: x for k, x in kept.items()}, wanted

@@ -23,13 +23,25 @@ NEUTRAL: tuple[Any, ...] = (None, False, "none", [], {}, "", 0)
 IGNORED = {
     "auto_mapping", "base_model_name_or_path", "fan_in_fan_out", "inference_mode", "init_weights",
     "layers_pattern", "layers_to_transform", "modules_to_save", "peft_type", "peft_version", "qalora_group_size",
-    "revision", "save_embedding_layers", "target_modules", "task_type", "lora_bias", "exclude_modules", "megatron_core",
-    *PATTERNS.values(),
+    "revision", "save_embedding_layers", "target_modules", "task_type", "exclude_modules", "megatron_core",
+    "eva_config", *PATTERNS.values(),
 }  # fmt: skip
 """Entries that the tensors themselves answer, or that matter before training only."""
 STARTS = ("init_lora_weights", (True, False, None, "gaussian", "eva", "orthogonal"))
 """The entry that says how an adapter started, and the starts that leave the base as it is; PEFT repeats the others on
 the base whenever it loads such a folder."""
+
+
+class _Seen(dict[str, np.ndarray]):
+    """Tensors by name that remember which of them were asked for."""
+
+    def __init__(self, tensors: Mapping[str, np.ndarray]) -> None:
+        super().__init__(tensors)
+        self.names: set[str] = set()
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        self.names.add(name)
+        return super().__getitem__(name)
 
 
 def base_of(settings: Mapping[str, Any]) -> str:
@@ -57,10 +69,14 @@ def read(folder: Path, config: ModelConfig, *, head: str) -> Found:
     groups: dict[str, tuple[dict[str, Any], dict[Site, dict[str, np.ndarray]]]] = {}
     for key, (site_places, tensors) in by_module.items():
         own = {a: _of(found, p, key, given[a]) for a, p in PATTERNS.items() if form.patterns and a in given}
+        seen = _Seen(tensors)
         try:
-            arrays = form.read(tensors, {**given, **own})
+            arrays = form.read(seen, {**given, **own})
         except KeyError as e:
             raise errors.CheckpointError(f"{folder / WEIGHTS}: {key} has no {e}; found {', '.join(tensors)}") from None
+        more = [k for k in tensors if k not in seen.names and not k.startswith("base_layer.")]
+        if more:
+            raise errors.CheckpointError(f"{folder / WEIGHTS}: {name} here knows nothing of {key}.{more[0]}")
         own |= form.found(arrays)
         for site, place in site_places.items():
             i, of = place.part
@@ -108,6 +124,7 @@ def _modules(
 
 def _placed(folder: Path, tensors: Mapping[str, np.ndarray], config: ModelConfig, head: str) -> dict[Site, np.ndarray]:
     """Parameters that trained whole. Raises CheckpointError on one that this model does not have."""
+    tensors = _untied(dict(tensors), folder, config, head)
     places = modules.places(config, head)
     plain = {f"{PREFIX}{p.module}.{p.name}": (s, p) for s, p in places.items()}
     strange = [k for k in tensors if k not in plain]
@@ -151,7 +168,7 @@ def _arguments(name: str, settings: Mapping[str, Any], form: portable.Form) -> d
     """The method's arguments but its targets. Raises CheckpointError on an entry that would change what it computes."""
     parameters = inspect.signature(registry.find(name)[0]).parameters
     ours = {theirs: k for k, theirs in form.entries.items()}
-    out: dict[str, Any] = {}
+    out: dict[str, Any] = dict(form.absent)
     strange = []
     for key, value in settings.items():
         if key in IGNORED or key in form.flags or key in form.ignored or (key == STARTS[0] and value in STARTS[1]):
@@ -185,7 +202,7 @@ def _sorted(folder: Path, config: ModelConfig, head: str, form: portable.Form) -
     Raises:
       CheckpointError: tensors that are none of these.
     """
-    tensors = found_lib.tensors(folder / WEIGHTS)
+    tensors = _untied(found_lib.tensors(folder / WEIGHTS), folder, config, head)
     places = modules.places(config, head)
     plain = {f"{p.module}.{p.name}": (s, p) for s, p in places.items()}
     kernels: dict[str, dict[Site, Place]] = {}
@@ -214,6 +231,28 @@ def _sorted(folder: Path, config: ModelConfig, head: str, form: portable.Form) -
             f"{strange[0]!r}.{hint}"
         )
     return adapted, whole, shared
+
+
+def _untied(tensors: dict[str, np.ndarray], folder: Path, config: ModelConfig, head: str) -> dict[str, np.ndarray]:
+    """``tensors`` without a tied head's, which PEFT saves beside the table.
+
+    Raises:
+      CheckpointError: table and head trained apart: a model that ties them can hold one.
+    """
+    tied = modules.tied_head(config, head)
+    place = modules.places(config, head).get(Site(modules.TABLE, modules.OUTSIDE))
+    if tied is None or place is None:
+        return tensors
+    one, other = tensors.get(f"{PREFIX}{place.module}.{place.name}"), tensors.get(f"{PREFIX}{tied}.weight")
+    if one is None and other is None:
+        return tensors
+    if one is None or other is None or not np.array_equal(one, other):
+        there = place.module if one is not None else tied
+        raise errors.CheckpointError(
+            f"{folder / WEIGHTS}: {there} trained apart from {tied if one is not None else place.module}, which shares "
+            "its weights in this model"
+        )
+    return {k: x for k, x in tensors.items() if k != f"{PREFIX}{tied}.weight"}
 
 
 def _split(form: portable.Form, arrays: portable.Arrays, i: int, of: int, name: str, module: str) -> portable.Arrays:

@@ -26,6 +26,7 @@ PEFT = portable.Form(
     write=lambda arrays: {"fourierft_spectrum": arrays["spectrum"]},
     read=lambda tensors, _: {"spectrum": tensors["fourierft_spectrum"]},
     entries={"n_frequency": "n_frequency", "scaling": "scaling", "seed": "random_loc_seed"},
+    ignored=frozenset({"n_frequency_pattern"}),
     found=lambda arrays: {"n_frequency": len(arrays["spectrum"])},
 )
 
@@ -84,12 +85,14 @@ def fourierft(
       layers: only these layers of the stack, as a slice: "-2:".
 
     Raises:
-      ConfigError: n_frequency below 1.
+      ConfigError: n_frequency below 1, a seed that is no number of 32 bits.
       TargetError (from init): nothing matched, what matched is no kernel, or a kernel has fewer than n_frequency
         entries or `LARGEST`.
     """
     if n_frequency < 1:
         raise errors.ConfigError(f"fourierft: n_frequency is {n_frequency}; it must be at least 1")
+    if not 0 <= seed < 2**32:
+        raise errors.ConfigError(f"fourierft: seed is {seed}; it must lie in [0, 2^32)")
 
     def new(key: Any, kernel: Any) -> dict[str, Any]:
         *lead, fan_in, fan_out = kernel.shape

@@ -32,8 +32,7 @@ WHOLE = ("k1", "k2")
 
 
 def _read(tensors: portable.Arrays, arguments: portable.Arguments) -> dict[str, np.ndarray]:
-    ours = {theirs: k for k, theirs in TENSORS.items()}
-    return {ours[k]: x.T for k, x in tensors.items()}
+    return {k: tensors[theirs].T for k, theirs in TENSORS.items() if theirs in tensors}
 
 
 def _as_lokr(arguments: portable.Arguments, sites: Sequence[portable.Arrays]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from tunejax.core import low_rank, operators, portable
+from tunejax.core import errors, low_rank, operators, portable
 from tunejax.core import method as methods
 from tunejax.core.method import Context, Method
 
@@ -76,12 +76,14 @@ def miss(
 
     Raises:
       ConfigError: rank below 1, dropout outside [0, 1).
-      TargetError (from init): nothing matched, or what matched is no kernel.
+      TargetError (from init): nothing matched, what matched is no kernel, or a kernel's input is narrower than rank.
     """
     low_rank.check("miss", rank, dropout)
 
     def new(key: Any, kernel: Any) -> dict[str, Any]:
-        *lead, _, fan_out = kernel.shape
+        *lead, fan_in, fan_out = kernel.shape
+        if rank > fan_in:
+            raise errors.TargetError(f"miss: rank is {rank}, and a kernel's input has {fan_in} entries")
         return {"b": jnp.zeros((*lead, rank, fan_out), jnp.float32)}
 
     def wrap(kernel: Any, arrays: dict[str, Any], ctx: Context) -> Sharded:

@@ -78,7 +78,7 @@ class Rotated(operators.Above):
         if self.s is None:
             return operators.apply(self.base, x, bias)
         out = operators.apply(self.base, x) * self.s.astype(x.dtype)
-        return out if bias is None else out + bias.astype(x.dtype)
+        return out if bias is None else out + operators.dense_bias(self.base, bias).astype(x.dtype)
 
     def dense(self) -> jax.Array:
         """R times the kernel, the columns scaled; in float32, rounded once to the type of the base."""

@@ -70,7 +70,7 @@ def p_tuning(
     def wrap(table: Any, arrays: dict[str, Any], ctx: Context) -> prompts.Extended:
         return prompts.Extended(table, encode(arrays, dropout, ctx.key if ctx.train else None))
 
-    return methods.per_site("p_tuning", prompts.TABLE, new, wrap, prompt=length)
+    return methods.per_site("p_tuning", prompts.TABLE, new, wrap, kernels=False, prompt=length)
 
 
 def _shapes(kind: str, embed: int, hidden: int, layers: int) -> dict[str, tuple[tuple[int, ...], int]]:

@@ -67,7 +67,8 @@ def prompt_tuning(
     def wrap(table: Any, arrays: dict[str, Any], ctx: Context) -> prompts.Extended:
         return prompts.Extended(table, arrays["rows"])
 
-    return methods.per_site("prompt_tuning", prompts.TABLE, new, wrap, axes={"rows": (None, "out")}, prompt=length)
+    axes = {"rows": (None, "out")}
+    return methods.per_site("prompt_tuning", prompts.TABLE, new, wrap, axes=axes, kernels=False, prompt=length)
 
 
 def _chosen(length: int, init: str | None, text: str | list[int] | None) -> str:

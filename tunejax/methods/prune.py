@@ -79,8 +79,8 @@ def prune(
     def init(key: Any, params: Params) -> Start:
         kernels = paths.select(params, targets, layers=layers).leaves
         for path, kernel in kernels.items():
-            if len(kernel.shape) < 2:
-                raise errors.TargetError(f"prune targets {path} of shape {tuple(kernel.shape)}; it needs a kernel")
+            if not paths.is_kernel(path, kernel):
+                raise errors.TargetError(paths.no_kernel("prune", path, kernel))
             if kernel.shape[-2] % m:
                 raise errors.ConfigError(
                     f"prune: pattern {pattern!r} does not divide the input of {path}, {kernel.shape[-2]}"

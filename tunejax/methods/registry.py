@@ -244,7 +244,19 @@ def _renamed(name: str, given: Mapping[str, Any], aliases: Mapping[str, str]) ->
         if ours in out:
             raise errors.ConfigError(f"method {name!r}: {key!r} is another word for {ours!r}; give one of them")
         out[ours] = _globs(value) if key in ("target_modules", "feedforward_modules") else value
+        if key == "layers_to_transform" and isinstance(value, list):
+            out[ours] = _slice(name, value)
     return out
+
+
+def _slice(name: str, layers: list[Any]) -> str:
+    """PEFT's list of layers as a slice. Raises ConfigError where it has gaps."""
+    first = min(layers, default=0)
+    if not layers or sorted(layers) != list(range(first, first + len(layers))):
+        raise errors.ConfigError(
+            f"method {name!r}: layers_to_transform {layers} is no run of layers; chain one method for each run"
+        )
+    return f"{first}:{first + len(layers)}"
 
 
 def _globs(modules: Any) -> Any:

@@ -85,7 +85,12 @@ def _products(
     rank = sum(ranks) if how.name == STACKED else ranks[0]
     scales = [p.scale(a) for p, a in zip(products, arguments, strict=True)]
     made = {p: _product(p, found, scales, rank, how) for p, found in parts.items()}
-    layers = {"layers": arguments[0]["layers"]} if arguments[0].get("layers") is not None else {}
+    trained = list(dict.fromkeys(a.get("layers") for a in arguments))
+    if len(trained) > 1:
+        raise errors.ConfigError(
+            f"the runs train other layers ({', '.join(map(str, trained))}); --of weights combines them"
+        )
+    layers = {"layers": trained[0]} if trained[0] is not None else {}
     spec = {**products[0].plain(rank), "targets": [f"/{p}" for p in made], **layers}
     return spec, {p: f._asdict() for p, f in made.items()}
 

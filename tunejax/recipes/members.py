@@ -80,10 +80,14 @@ def plan(configs: Sequence[schema.Config]) -> tuple[list[dict[str, Any]], list[l
 
 
 def keyed(method: Method, factors: Sequence[Mapping[str, float]]) -> dict[str, Mapping[str, float]]:
-    """The factors of one member by the keys of the chain's parts."""
+    """The factors of one member by the keys of the chain's parts. Raises ConfigError: a preset among its methods."""
+    if not any(factors):
+        return {}
     if not method.parts:
         return {"": factors[0]}
-    return {f"{i}:{m.name}": f for i, (m, f) in enumerate(zip(method.parts, factors, strict=False))}
+    if len(method.parts) != len(factors):
+        raise errors.ConfigError("many: a preset in a list of methods is several of them; give the list in its parts")
+    return {f"{i}:{m.name}": f for i, (m, f) in enumerate(zip(method.parts, factors, strict=True))}
 
 
 def each_parts(parts: assemble.Parts, configs: Sequence[schema.Config]) -> list[assemble.Parts]:

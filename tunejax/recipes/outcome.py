@@ -70,7 +70,9 @@ def ran(result: loop.Result, at: int, own: state.TrainState, members: int = 1) -
 def check_untouched(kept: Kept) -> None:
     """The base is bit-identical to what was loaded, but for the method's edits. Raises TunejaxError where it is not."""
     same = {p: x for p, x in paths.flatten(kept.base).items() if p not in kept.edits}
-    after = digest.leaf_digests(paths.unflatten(same))
+    # Of a segment that trains whole nothing may be left to count its layers by.
+    cuts = kept.tuned.method.cuts(kept.tuned.model_config.num_layers)
+    after = digest.leaf_digests(paths.unflatten(same), paths.starts(cuts))
     changed = [p for p, d in after.items() if kept.prints.get(p) != d]
     if changed:
         raise errors.TunejaxError(f"the base changed during the run, which must not be: {', '.join(changed[:5])}")
