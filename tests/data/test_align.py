@@ -120,6 +120,23 @@ def test_a_span_that_begins_elsewhere_has_no_place():
     assert met(pairs, chars, [{"prompt": "\u00e9a", "completion": "b cd"}]) == []
 
 
+def test_inside_a_letter_is_no_place():
+    """Two bytes are an "\u00e9": between them neither has read a text that the other has."""
+    wide, small = toys.characters(unk_token="<unk>"), toys.in_bytes()
+    wide.add_tokens(["\u00e9"])
+    ids = np.asarray(small("a\u00e9b")["input_ids"])
+    assert align.starts(small, ids) == [0, 1, -1, 2]
+    row = {"prompt": "ab", "completion": " \u00e9\u00e9 b"}
+    for ours, theirs in ((wide, small), (small, wide)):
+        found = met(ours, theirs, [row])
+        assert len(found) == 6  # space, two letters, space, b, and the end
+        assert (
+            [a for a, _ in found]
+            == [b for _, b in found]
+            == ["ab", "ab", "ab\u00e9", *["ab\u00e9\u00e9"] * 2, "ab\u00e9\u00e9b"]
+        )
+
+
 def test_a_batch_has_both_and_rows_without_a_partner_have_none():
     chars, pairs = toys.characters(), toys.merging()
     few = load(pairs)

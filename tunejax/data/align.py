@@ -13,12 +13,17 @@ from tunejax.core import errors
 from tunejax.data import collate
 from tunejax.data.example import Example, Store
 
+PARTIAL = "\ufffd"
+"""What `decode` makes of bytes that are no whole letter yet."""
+UNKNOWN = "\uffff"
+"""Stands for what a tokenizer does not know; no text has it."""
+
 
 class Span(NamedTuple):
     """Loss-bearing positions side by side: a completion, a turn of the assistant's, or a whole text.
 
     at: int [n], the positions. starts: int [n], where in the row the token begins that each predicts, see `starts`.
-    text: the letters of those tokens.
+    text: the letters of those tokens, without one that is cut at their end.
     """
 
     at: np.ndarray
@@ -41,17 +46,17 @@ class Read(NamedTuple):
         for at in np.split(learned, np.flatnonzero(np.diff(learned) > 1) + 1):
             whole = ids[: at[-1] + 2]
             begun = starts(tokenizer, whole, int(at[0]) + 1)
-            spans.append(Span(at, np.asarray(begun), _letters(tokenizer, whole)[begun[0] :]))
+            spans.append(Span(at, np.asarray(begun), _letters(tokenizer, whole).rstrip(PARTIAL)[begun[0] :]))
         return cls(_letters(tokenizer, ids), spans)
 
 
 def starts(tokenizer: Any, ids: np.ndarray, first: int = 0) -> list[int]:
-    """Where each of ``ids`` from the one at ``first`` on begins: how many letters the ids before it stand for."""
-    return [len(_letters(tokenizer, ids[:i])) for i in range(first, len(ids))]
+    """Where each of ``ids`` from the one at ``first`` on begins: how many letters the ids before it stand for.
 
-
-UNKNOWN = "\uffff"
-"""Stands for what a tokenizer does not know; no text has it."""
+    -1 where it begins inside a letter, of whose bytes the ids before it have some.
+    """
+    before = (_letters(tokenizer, ids[:i]) for i in range(first, len(ids)))
+    return [-1 if text.endswith(PARTIAL) else len(text) for text in before]
 
 
 def _letters(tokenizer: Any, ids: np.ndarray) -> str:
@@ -84,7 +89,8 @@ def pairs(ours: Read, theirs: Read) -> dict[int, int]:
     begun = [[(s.at, np.where(s.starts <= common, s.starts, -1)) for s in read.spans] for read in (ours, theirs)]
     out = _met(*(tuple(map(np.concatenate, zip(*spans, strict=True))) for spans in begun))
     for a, b in zip(ours.spans, theirs.spans, strict=False):  # a row that is cut has fewer
-        differ = max(a.starts[0], b.starts[0]) > common
+        first = sorted((a.starts[0], b.starts[0]))
+        differ = first[0] >= 0 and first[1] > common
         if differ and _common(a.text, b.text) == min(len(a.text), len(b.text)):
             out |= _met((a.at, a.starts - a.starts[0]), (b.at, b.starts - b.starts[0]))
     return out
