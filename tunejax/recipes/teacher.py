@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ from tunejax.data.corpus import Corpus
 from tunejax.generate import sampling
 from tunejax.models.config import ModelConfig
 from tunejax.objectives import distill, features
-from tunejax.recipes import artefact, assemble, samples
+from tunejax.recipes import artefact, assemble, comparable, samples
 from tunejax.recipes import rows as row_lib
 from tunejax.train import on_policy as policy
 
@@ -80,19 +80,21 @@ def _names_config(text: str | None) -> bool:
     return text is not None and text.endswith((".yaml", ".yml"))
 
 
-def find(parts: assemble.Parts, read: Beside | None) -> Taught:
+def find(parts: assemble.Parts, read: Beside | None, labels: Sequence[str]) -> Taught:
     """Opens the teacher that ``config.distill`` names, if any, and makes the terms on its features.
 
-    read: see `arrays`.
+    Args:
+      read: see `arrays`.
+      labels: names of the classes, as the rows have them; empty where there are none.
 
     Raises:
       ConfigError, CheckpointError: the teacher cannot be opened, lacks a head or a layer that is named, or tells other
-        tokens apart.
+        tokens or labels apart.
     """
     section = parts.config.distill
     if section is None or section.cache is not None:
         return Taught()
-    found, shape = (None, parts.model_config) if section.teacher == ITSELF else opened(parts, read is not None)
+    found, shape = (None, parts.model_config) if section.teacher == ITSELF else opened(parts, labels, read is not None)
     ours, terms, sizes = parts.model_config, [], {}
     if section.hidden is not None:
         project, options = section.hidden.project, section.hidden.model_dump(exclude={"project"})
@@ -251,10 +253,12 @@ def without_virtual(batch: Batch, vocab_size: int) -> dict[str, Any]:
     }
 
 
-def opened(parts: assemble.Parts, aligned: bool = False) -> tuple[tuple[Model, Params], ModelConfig]:
+def opened(
+    parts: assemble.Parts, labels: Sequence[str], aligned: bool = False
+) -> tuple[tuple[Model, Params], ModelConfig]:
     """A run folder's tuned model, or a checkpoint, with the student's kind of head, on the student's mesh.
 
-    It takes rows without virtual tokens. aligned: they are its own tokenizer's.
+    It takes rows without virtual tokens. labels: see `find`. aligned: the rows are its own tokenizer's.
 
     Raises:
       ConfigError, CheckpointError: see `find`.
@@ -274,41 +278,13 @@ def opened(parts: assemble.Parts, aligned: bool = False) -> tuple[tuple[Model, P
                 "with its virtual tokens: name a teacher without any"
             )
         model, params, shape = tuned.parts.model, tuned.params, tuned.parts.model_config
+        their_labels = tuple(tuned.parts.config.data.labels or ())
     else:
         model, params, shape = _checkpoint(parts, name, head)
+        their_labels = comparable.of_checkpoint(shape)
     if not aligned:
-        _check(parts, name, shape)
+        comparable.check(parts, name, shape, labels, their_labels)
     return (model, params), shape
-
-
-def _check(parts: assemble.Parts, name: str, shape: ModelConfig) -> None:
-    """Raises ConfigError where the teacher cannot be compared with the student, or does not take its rows."""
-    section, ours = parts.config.distill, parts.model_config
-    assert section is not None
-    theirs, known = artefact.reader(name)[0].get_vocab(), parts.tokenizer.get_vocab()
-    other = next((t for t, i in sorted(known.items(), key=lambda item: item[1]) if theirs.get(t, i) != i), None)
-    if other is not None:
-        raise errors.ConfigError(
-            f"distill.teacher {name} has another tokenizer ({other!r} is {theirs[other]} there, {known[other]} here): "
-            "set distill.divergence: uld, or train on what it writes (tunejax distill-generate)"
-        )
-    labels = parts.config.model.head == "classification"
-    same = shape.num_labels == ours.num_labels if labels else shape.vocab_size == ours.vocab_size
-    if section.logits and section.divergence != "uld" and not same:
-        raise errors.ConfigError(
-            f"distill.teacher {name} has a vocabulary of {shape.vocab_size} tokens and {shape.num_labels} labels; the "
-            f"student {ours.vocab_size} and {ours.num_labels}: distilling logits needs the same ones"
-        )
-    if shape.vocab_size < len(parts.tokenizer):
-        raise errors.ConfigError(
-            f"distill.teacher {name} has a vocabulary of {shape.vocab_size} tokens; the student's tokenizer has "
-            f"{len(parts.tokenizer)}"
-        )
-    if shape.max_positions < parts.config.data.max_length:
-        raise errors.ConfigError(
-            f"distill.teacher {name} has {shape.max_positions} positions, and data.max_length is "
-            f"{parts.config.data.max_length}"
-        )
 
 
 def _checkpoint(parts: assemble.Parts, name: str, head: str) -> tuple[Model, Params, Any]:
