@@ -69,3 +69,12 @@ def test_with_the_same_tokenizer_positions_meet_as_they_are(world):
     )  # fmt: skip
     assert code == 0
     np.testing.assert_allclose(rows[0]["soft"], 0, atol=1e-6)
+
+
+def test_a_tokenizer_that_the_student_names_is_not_the_teachers(world):
+    """The student's has more tokens than the teacher's model, which is opened with its own."""
+    named = [f"model.{key}={world / 'chars'}" for key in ("path", "tokenizer")]
+    teacher = section(world, teacher=str(world / "model"))
+    code, rows = worlds.tune(world, "named", teacher, *QUICK, *named, "train.max_steps=1", "data.max_length=48")
+    assert code == 0
+    assert rows[0]["soft"] > 0

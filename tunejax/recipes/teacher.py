@@ -288,9 +288,8 @@ def opened(
 
 
 def _checkpoint(parts: assemble.Parts, name: str, head: str) -> tuple[Model, Params, Any]:
-    config = parts.config.model_copy(
-        update={"model": parts.config.model.model_copy(update={"path": name, "layers": None, "random_init": False})}
-    )
+    its_own = {"path": name, "tokenizer": None, "layers": None, "random_init": False}
+    config = parts.config.model_copy(update={"model": parts.config.model.model_copy(update=its_own)})
     opened = assemble.opened(config, artefact.NOTHING)
     theirs = assemble.parts(config, opened, num_labels=parts.model_config.num_labels, mesh=parts.mesh)
     loaded = assemble.load(theirs)
