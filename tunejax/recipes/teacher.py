@@ -150,6 +150,7 @@ def arrays(parts: assemble.Parts, rows: Corpus | None) -> Beside | None:
         vocabulary=vocabulary(parts),
         temperature=section.temperature,
         tokenizer=tokenizer_digest(parts.tokenizer),
+        teacher=section.teacher,
     )
 
 
