@@ -158,3 +158,27 @@ def test_labels_are_compared_where_they_have_names_in_common():
     for ours, theirs in ((["1", "0"], ["0", "1"]), (["a", "b", "c"], ["a", "b", "d"])):
         with pytest.raises(errors.ConfigError, match="expected the same ones in the same order"):
             comparable.check_labels("t", ours, theirs)
+
+
+@pytest.fixture(scope="module")
+def prefixed(world):
+    """A run whose method takes 8 of the 64 positions before its rows."""
+    changes = ["method={name: prefix_tuning, length: 8}", "train.max_steps=1", "data.eval_path=null"]
+    assert student(world, "prefixed", *changes)[0] == 0
+    return world / "prefixed"
+
+
+def test_a_prefix_of_the_teachers_leaves_fewer_positions(world, prefixed, capsys):
+    section = f"distill={{teacher: {prefixed}}}"
+    assert student(world, "none", section, "data.max_length=57")[0] == 2
+    err = capsys.readouterr().err
+    assert "has 64 positions, of which prefix_tuning takes 8, and data.max_length is 57" in err
+    assert not (world / "none").exists()
+    assert student(world, "fits", section, "data.max_length=56", "train.max_steps=1", "data.eval_path=null")[0] == 0
+
+
+def test_the_positions_that_a_prefix_takes(world, prefixed, tmp_path):
+    assert artefact.prefix(str(prefixed)) == 8
+    assert artefact.prefix(str(world / "model")) == 0
+    assert cli.main(["export", str(prefixed), "--format", "peft", "--output", str(tmp_path / "peft")]) == 0
+    assert artefact.prefix(str(tmp_path / "peft")) == 8

@@ -1,26 +1,40 @@
 """Whether a teacher and a student mean the same by what is compared: tokens or labels, positions and their number."""
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from tunejax.core import errors
 from tunejax.models.config import ModelConfig
 from tunejax.recipes import artefact, assemble
 
 
-def check(parts: assemble.Parts, name: str, shape: ModelConfig, labels: Sequence[str], theirs: Sequence[str]) -> None:
+class Teacher(NamedTuple):
+    """What is known of a teacher before its parameters are used.
+
+    labels: names of its classes, where they are known. tuned_by: its run's method, if any; prefix: how many positions
+    that takes before every row.
+    """
+
+    name: str
+    shape: ModelConfig
+    labels: tuple[str, ...] = ()
+    tuned_by: str = ""
+    prefix: int = 0
+
+
+def check(parts: assemble.Parts, labels: Sequence[str], teacher: Teacher) -> None:
     """Raises ConfigError where the teacher cannot be compared with the student, or does not take its rows.
 
-    Args:
-      parts: of the student.
-      name, shape: of the teacher.
-      labels, theirs: names of the student's classes and of the teacher's, where they are known.
+    parts, labels: of the student; the names of its classes, where it has any.
     """
+    name, shape = teacher.name, teacher.shape
     check_vocabulary(parts, name, shape)
     if parts.config.model.head == "classification" and parts.config.distill and parts.config.distill.logits:
-        check_labels(name, labels, theirs)
-    if shape.max_positions < parts.config.data.max_length:
+        check_labels(name, labels, teacher.labels)
+    if shape.max_positions - teacher.prefix < parts.config.data.max_length:
+        taken = f", of which {teacher.tuned_by} takes {teacher.prefix}" if teacher.prefix else ""
         raise errors.ConfigError(
-            f"distill.teacher {name} has {shape.max_positions} positions, and data.max_length is "
+            f"distill.teacher {name} has {shape.max_positions} positions{taken}, and data.max_length is "
             f"{parts.config.data.max_length}"
         )
 

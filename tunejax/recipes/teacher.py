@@ -160,7 +160,8 @@ def _aligned(parts: assemble.Parts, rows: Corpus) -> align.Aligned | None:
     assert section is not None
     if section.divergence != "uld" or section.teacher in (None, ITSELF):
         return None
-    theirs, shape = artefact.reader(place(str(section.teacher)))
+    named = place(str(section.teacher))
+    theirs, shape = artefact.reader(named)
     if tokenizer_digest(theirs) == tokenizer_digest(parts.tokenizer):
         return None
     refused = {"data.packing": data.packing, **{f"distill.{n}": getattr(section, n) for n in ALIKE}}
@@ -169,7 +170,8 @@ def _aligned(parts: assemble.Parts, rows: Corpus) -> align.Aligned | None:
             raise errors.ConfigError(
                 f"{name} does not go with a teacher of another tokenizer, and {section.teacher} has one"
             )
-    update = {"max_length": shape.max_positions, "truncation": "end", "on_bad_row": "skip", "eval_path": None}
+    room = shape.max_positions - artefact.prefix(named)
+    update = {"max_length": room, "truncation": "end", "on_bad_row": "skip", "eval_path": None}
     config = parts.config.model_copy(update={"data": data.model_copy(update={**update, "eos_token_id": None})})
     read = row_lib.read(config, theirs, shape.kind).train
     assert read is not None
@@ -278,13 +280,14 @@ def opened(
                 f"distill.teacher {name} was tuned by {tuned.parts.method.name}, and the student's rows do not begin "
                 "with its virtual tokens: name a teacher without any"
             )
-        model, params, shape = tuned.parts.model, tuned.params, tuned.parts.model_config
-        their_labels = tuple(tuned.parts.config.data.labels or ())
+        model, params, shape, method = tuned.parts.model, tuned.params, tuned.parts.model_config, tuned.parts.method
+        known = tuple(tuned.parts.config.data.labels or ())
+        found = comparable.Teacher(name, shape, known, method.name, method.prefix)
     else:
         model, params, shape = _checkpoint(parts, name, head)
-        their_labels = comparable.of_checkpoint(shape)
+        found = comparable.Teacher(name, shape, comparable.of_checkpoint(shape))
     if not aligned:
-        comparable.check(parts, name, shape, labels, their_labels)
+        comparable.check(parts, labels, found)
     return (model, params), shape
 
 
