@@ -160,6 +160,19 @@ def test_labels_are_compared_where_they_have_names_in_common():
             comparable.check_labels("t", ours, theirs)
 
 
+def test_an_encoder_does_not_teach_a_decoder(labelled, capsys):
+    """They have the label at other ends of a row, and a token of an encoder's sees what comes after it."""
+    sizes = {"kind": "encoder", "norm": "layer", "position": "learned", "gated_mlp": False, "type_vocab_size": 2}
+    more = {"activation": "gelu", "attention_bias": (True,) * 4, "mlp_bias": True, "tie_embeddings": True}
+    config = ModelConfig(family="bert", vocab_size=20, num_labels=2, **worlds.SIZES, **sizes, **more)
+    params = build.build(config, head="classification").init(jax.random.key(3))
+    folder = labelled / "encoder"
+    hf.save(folder, params, config, head="classification", tokenizer_from=labelled / "model")
+    assert learn_labels(labelled, "none", f"distill={{teacher: {folder}}}") == 2
+    assert f"{folder} is an encoder, and the student a decoder" in capsys.readouterr().err
+    assert not (labelled / "none").exists()
+
+
 @pytest.fixture(scope="module")
 def prefixed(world):
     """A run whose method takes 8 of the 64 positions before its rows."""

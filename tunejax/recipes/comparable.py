@@ -29,6 +29,12 @@ def check(parts: assemble.Parts, labels: Sequence[str], teacher: Teacher) -> Non
     """
     name, shape = teacher.name, teacher.shape
     check_vocabulary(parts, name, shape)
+    if shape.kind != parts.model_config.kind:  # they carry a label at other ends of a row, and see other tokens
+        theirs, ours = (f"a{'n' * (kind == 'encoder')} {kind}" for kind in (shape.kind, parts.model_config.kind))
+        raise errors.ConfigError(
+            f"distill.teacher {name} is {theirs}, and the student {ours}; expected two of one kind, whose positions "
+            "read the same"
+        )
     if parts.config.model.head == "classification" and parts.config.distill and parts.config.distill.logits:
         check_labels(name, labels, teacher.labels)
     if shape.max_positions - teacher.prefix < parts.config.data.max_length:
