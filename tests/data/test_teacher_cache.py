@@ -220,6 +220,7 @@ def test_one_flipped_bit_is_found(tmp_path):
     [
         ({"temperature": 1.0}, "made at temperature 2, and distill.temperature is 1"),
         ({"vocabulary": 12}, "tells 11 tokens or labels apart, and the student 12"),
+        ({"teacher": "small"}, "its teacher is big, and distill.teacher is small"),
     ],
 )
 def test_another_run_is_refused(tmp_path, changes, says):
@@ -227,6 +228,7 @@ def test_another_run_is_refused(tmp_path, changes, says):
     write(tmp_path / "c", examples)
     with pytest.raises(errors.ConfigError, match=says):
         read(tmp_path / "c", examples, **changes)
+    assert read(tmp_path / "c", examples, teacher="big").manifest.teacher == "big"
 
 
 def test_other_data_is_refused(tmp_path):

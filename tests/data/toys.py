@@ -44,6 +44,16 @@ def merging():
     return _fast(models.BPE(vocab, [("a", "b")]), pre_tokenizers.Split(" ", "isolated"), eos_token="</s>")
 
 
+def in_bytes():
+    """A token a byte, as GPT-2 writes them: a letter beyond ASCII is several tokens."""
+    from tokenizers import decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {"</s>": 0, **{letter: i + 1 for i, letter in enumerate(alphabet)}}
+    pre = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return _fast(models.BPE(vocab, []), pre, decoders.ByteLevel(), eos_token="</s>")
+
+
 def encoder():
     """Words "w0" to "w9" (ids 7 to 16) between [CLS] 4 and [SEP] 5; pairs have token types; [MASK] is 6."""
     from tokenizers import models, pre_tokenizers, processors

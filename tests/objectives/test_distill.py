@@ -15,7 +15,7 @@ from tunejax.core import errors
 from tunejax.core.method import Context
 from tunejax.methods import registry
 from tunejax.models import build
-from tunejax.objectives import causal_lm, classification, distill, divergences, masked_lm
+from tunejax.objectives import causal_lm, classification, distill, divergences, features, masked_lm
 
 TRAIN = Context(train=True)
 RNG = np.random.default_rng(0)
@@ -215,6 +215,37 @@ def test_labels_are_distilled_at_the_labelled_position():
     alone = classification.make().loss(m, p, {}, batch, Context())
     jax.tree.map(np.testing.assert_array_equal, objective.loss(m, p, objective.frozen, batch, Context()), alone)
     assert "matthews" in objective.scores({"confusion": np.eye(3)})
+
+
+def labelled_rows():
+    batch = trains.rows()
+    batch["loss_weights"] = np.zeros((4, 8), np.float32)
+    batch["loss_weights"][:, 0] = 1
+    batch["targets"] = np.tile(np.array([[0], [1], [2], [1]], np.int32), (1, 8))
+    return batch
+
+
+@pytest.mark.parametrize("class_weights", [(1.0, 1.0, 1.0), (10.0, 10.0, 10.0), (3.0, 0.5, 1.0)])
+def test_class_weights_weigh_the_teachers_part_as_the_objectives(class_weights):
+    """All of it is torch's weighted mean: a factor on all classes changes nothing."""
+    m, p = tiny.model(tiny.BERT, "classification"), tiny.params(tiny.BERT, "classification")
+    other, batch = jax.tree.map(lambda x: 1.2 * x, p), labelled_rows()
+    depth = tiny.BERT.num_layers
+    term = features.hidden(depth, depth, weight=0.5, layers="last")
+    made = classification.make(class_weights=class_weights)
+    objective = distill.make(made, m, other, distill.Options(alpha=0.25), (term,))
+    loss, weight, metrics = objective.loss(m, p, objective.frozen, batch, TRAIN)
+    (x, a), (y, b) = ((m.hidden(q, batch, taps=("hidden",))) for q in (p, other))
+    labels = torch.tensor(batch["targets"][:, 0]).long()
+    student, teacher = (torch.tensor(np.asarray(m.logits(q, h[:, 0]))) for q, h in ((p, x), (other, y)))
+    c = torch.tensor(class_weights)
+    hard = F.cross_entropy(student, labels, weight=c)
+    soft = (c[labels] * kl(F.log_softmax(teacher, -1), F.log_softmax(student, -1))).sum() / c[labels].sum()
+    apart = torch.tensor(np.square(np.asarray(a["hidden"][-1] - b["hidden"][-1])).mean((1, 2)))
+    apart = (c[labels] * apart).sum() / c[labels].sum()
+    for name, want in (("hard", hard), ("soft", soft), ("hidden", apart)):
+        np.testing.assert_allclose(metrics[name] / weight, want.item(), rtol=1e-5)
+    np.testing.assert_allclose(loss / weight, (0.25 * hard + 0.75 * soft + 0.5 * apart).item(), rtol=1e-5)
 
 
 @pytest.mark.parametrize(

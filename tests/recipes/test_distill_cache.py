@@ -127,6 +127,7 @@ def test_what_cannot_be_read_is_told(world, here, capsys):
     assert write(here, section) == 0
     for change, says in (
         ("distill.temperature=1.0", "made at temperature 2"),
+        (f"distill.teacher={world / 'model'}", f"its teacher is {world / 'big'}, and distill.teacher is"),
         ("data.max_rows=3", "of other rows or options of data"),
     ):
         assert worlds.tune(here, "none", f"distill={section}", change)[0] == 2

@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "data"))
 import toys
 import worlds
 
+from tunejax.data import align
 from tunejax.interop import hf
 from tunejax.models import build
 from tunejax.models.config import ModelConfig
@@ -69,3 +70,31 @@ def test_with_the_same_tokenizer_positions_meet_as_they_are(world):
     )  # fmt: skip
     assert code == 0
     np.testing.assert_allclose(rows[0]["soft"], 0, atol=1e-6)
+
+
+def test_a_tokenizer_that_the_student_names_is_not_the_teachers(world):
+    """The student's has more tokens than the teacher's model, which is opened with its own."""
+    named = [f"model.{key}={world / 'chars'}" for key in ("path", "tokenizer")]
+    teacher = section(world, teacher=str(world / "model"))
+    code, rows = worlds.tune(world, "named", teacher, *QUICK, *named, "train.max_steps=1", "data.max_length=48")
+    assert code == 0
+    assert rows[0]["soft"] > 0
+
+
+def test_a_teacher_with_a_prefix_reads_rows_that_fit_behind_it(world, monkeypatch):
+    """44 of its 64 positions are the prefix's, and the longest row has 24 characters."""
+    changes = ["data.max_length=20", "data.truncation=end", "train.max_steps=1", f"model.path={world / 'chars'}"]
+    method = "method={name: prefix_tuning, length: 44}"
+    assert worlds.tune(world, "behind", *QUICK, *changes, method)[0] == 0
+    longest, made = [], align.Aligned
+
+    def spied(ours, theirs, *tokenizers):
+        longest.append(int(theirs.lengths.max()))
+        return made(ours, theirs, *tokenizers)
+
+    monkeypatch.setattr(align, "Aligned", spied)
+    teacher = section(world, teacher=str(world / "behind"))
+    code, rows = worlds.tune(world, "read_behind", teacher, *QUICK, "train.max_steps=1")
+    assert code == 0
+    assert longest == [19]  # of 20 ids the last is only ever a target
+    assert rows[0]["soft"] > 0

@@ -21,12 +21,14 @@ class Objective(NamedTuple):
             a sum may be an array, of which ``scores`` makes numbers.
     scores: (means over all rows of an evaluation, by name) -> scores by name, for what is no mean over rows (a
             correlation, an F1).
+    weights: batch -> float32 [batch, length], how much each position counts in weight_sum; None: its loss_weights.
     """
 
     name: str
     frozen: Params
     loss: Callable[[Model, Params, Params, Batch, Context], LossOutput]
     scores: Callable[[dict[str, Any]], dict[str, Any]] = dict
+    weights: Callable[[Batch], jax.Array] | None = None
 
 
 def mean(total: Any, weight: Any) -> Any:

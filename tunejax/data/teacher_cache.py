@@ -174,14 +174,23 @@ class Cache:
     shapes: teacher_ids int32 [k], teacher_logprobs float32 [k], teacher_tail float32 [] of each position.
     """
 
-    def __init__(self, folder: Path, store: Store, *, vocabulary: int, temperature: float, tokenizer: str) -> None:
-        """Opens it for the examples of ``store``.
+    def __init__(
+        self,
+        folder: Path,
+        store: Store,
+        *,
+        vocabulary: int,
+        temperature: float,
+        tokenizer: str,
+        teacher: str | None = None,
+    ) -> None:
+        """Opens it for the examples of ``store``. teacher: the name of whom it is expected to be of; None: of anyone.
 
         Raises:
-          ConfigError: no cache, an unfinished one, or one of another temperature, vocabulary or data.
+          ConfigError: no cache, an unfinished one, or one of another teacher, temperature, vocabulary or data.
         """
         self.manifest = read_manifest(folder)
-        _check(folder, self.manifest, store, vocabulary, temperature, tokenizer)
+        _check(folder, self.manifest, store, vocabulary, temperature, tokenizer, teacher)
         self._folder, self._store = folder, store
         self._where = layout(positions(store), self.manifest.k)
         absent = missing(folder, self._where.parts)
@@ -262,8 +271,18 @@ def _kept(held: collections.OrderedDict, name: Any, make: Any) -> Any:
     return held[name]
 
 
-def _check(folder: Path, found: Manifest, store: Store, vocabulary: int, temperature: float, tokenizer: str) -> None:
+def _check(
+    folder: Path,
+    found: Manifest,
+    store: Store,
+    vocabulary: int,
+    temperature: float,
+    tokenizer: str,
+    teacher: str | None,
+) -> None:
     problems = []
+    if teacher not in (None, found.teacher):
+        problems.append(f"its teacher is {found.teacher}, and distill.teacher is {teacher}")
     if found.temperature != temperature:
         problems.append(f"it was made at temperature {found.temperature:g}, and distill.temperature is {temperature:g}")
     if found.vocabulary != vocabulary:

@@ -37,7 +37,7 @@ def objective(
     def loss(model: Model, params: Params, frozen: Params, batch: Batch, ctx: Context) -> LossOutput:
         hidden, _ = model.hidden(params, batch, key=ctx.key if ctx.train else None)
         x, labels, rows = labelled(model, params, hidden, batch, columns)
-        weights = rows if class_weights is None else rows * jnp.asarray(class_weights, jnp.float32)[labels]
+        weights = rows if class_weights is None else rows * _of_classes(class_weights, labels)
         logp = jax.nn.log_softmax(x, axis=-1)
         losses = -(1 - label_smoothing) * jnp.take_along_axis(logp, labels[:, None], axis=-1)[:, 0]
         losses -= label_smoothing * jnp.mean(logp, axis=-1)
@@ -48,7 +48,14 @@ def objective(
             metrics["confusion"] = (jnp.einsum("r,rt,rs->ts", rows, true, said), jnp.sum(rows))
         return jnp.sum(weights * losses), jnp.sum(weights), metrics
 
-    return Objective(name, {}, loss, scores)
+    def weights(batch: Batch) -> jax.Array:
+        return batch["loss_weights"] * _of_classes(class_weights or (), batch["targets"])
+
+    return Objective(name, {}, loss, scores, weights if class_weights else None)
+
+
+def _of_classes(class_weights: tuple[float, ...], labels: jax.Array) -> jax.Array:
+    return jnp.asarray(class_weights, jnp.float32)[labels]
 
 
 def scores(means: dict[str, Any]) -> dict[str, Any]:

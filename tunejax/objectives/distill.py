@@ -28,7 +28,7 @@ DIVERGENCES = ("forward_kl", "reverse_kl", "jensen_shannon", "total_variation", 
 class Options(NamedTuple):
     """What is common to every source of a teacher's distribution.
 
-    alpha: weight of the wrapped objective, in [0, 1]; 0 leaves it out of the program.
+    alpha: weight of the wrapped objective, in [0, 1]; at 0 it is measured, and nothing is learned from it.
     logits: a factor on the divergence; 0 leaves it out, so that features alone teach.
     temperature: T > 0, of both sides.
     divergence: one of `DIVERGENCES`.
@@ -67,7 +67,8 @@ def make(
     Evaluation measures the wrapped objective alone; the teacher does not run.
 
     Metrics: the objective's; "hard" its loss, "soft" the divergence (times T²), each term by its name before its
-    weight; each a mean over its weights.
+    weight. They are sums over positions by the objective's weights (class weights are in them), to be
+    divided by its weight_sum as the loss is; a position of which the teacher has no place adds 0.
 
     Raises:
       ConfigError: an option out of range; (when traced) a vocabulary of another size.
@@ -98,7 +99,7 @@ def make(
         return features.added((total, weight, metrics), terms, model, params, seen.batch, seen.aux, theirs)
 
     frozen = {"objective": objective.frozen, "teacher": params}
-    return Objective(f"{objective.name}+distill", frozen, loss, objective.scores)
+    return objective._replace(name=f"{objective.name}+distill", frozen=frozen, loss=loss)
 
 
 def from_cache(objective: Objective, options: Options = Options()) -> Objective:
@@ -132,7 +133,7 @@ def from_cache(objective: Objective, options: Options = Options()) -> Objective:
         given = Given((cached, jnp.maximum(seen.batch["targets"], 0)))
         return mixed(seen, options, model, params, rows, given, seen.batch["loss_weights"])
 
-    return Objective(f"{objective.name}+distill", objective.frozen, loss, objective.scores)
+    return objective._replace(name=f"{objective.name}+distill", loss=loss)
 
 
 def bucketed(ids: jax.Array, log_p: jax.Array, tail: jax.Array, log_q: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -192,7 +193,10 @@ def likeliest(
 
 
 class Seen(NamedTuple):
-    """What a wrapped objective computed: its output, and the batch and hidden states that it came from."""
+    """What a wrapped objective computed: its output, and the batch and hidden states that it came from.
+
+    The batch's loss_weights are those that the objective's weight_sum is of.
+    """
 
     output: LossOutput
     batch: Batch
@@ -223,7 +227,10 @@ class Seen(NamedTuple):
             raise errors.ConfigError(
                 f"{objective.name} runs the model {len(calls)} times a batch; distillation follows exactly one"
             )
-        return cls(output, *calls[0])
+        shown, *rest = calls[0]
+        if objective.weights is not None:  # so that the teacher's part is a mean over what it is divided by
+            shown = {**shown, "loss_weights": objective.weights(shown)}
+        return cls(output, shown, *rest)
 
 
 def mixed(

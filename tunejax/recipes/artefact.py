@@ -11,6 +11,7 @@ from tunejax.core import paths
 from tunejax.core.model import key_shape
 from tunejax.interop import adapter_folders, hf
 from tunejax.interop import found as found_lib
+from tunejax.methods import registry
 from tunejax.models.config import ModelConfig
 from tunejax.recipes import adapter, assemble, folder
 
@@ -156,6 +157,16 @@ def reader(text: str) -> tuple[Any, ModelConfig]:
         named, tokenizer = model.path, model.tokenizer
     found = hf.resolve(locate.model(named))
     return hf.tokenizer(locate.locate(tokenizer) if tokenizer else found), hf.read_config(found)
+
+
+def prefix(text: str) -> int:
+    """How many positions a run's or adapter folder's method takes before every row; 0 of a plain model."""
+    if not is_run(text):
+        return 0
+    if not adapter_folders.is_adapter(text):
+        return assemble.opened(load.load(folder.find(text) / "config.yaml")).method.prefix
+    found = adapter_folders.read(Path(text), reader(text)[1], head=adapter_folders.head_of(Path(text)))
+    return registry.build(found.specs).prefix
 
 
 def tokenizer_folder(parts: assemble.Parts) -> Path:

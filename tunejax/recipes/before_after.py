@@ -116,7 +116,7 @@ def _whole(tuned: artefact.Tuned, bound: paths.Params) -> tuple[str, Model, path
     if section is None or section.teacher in (None, teacher.ITSELF) or section.divergence == "uld":
         return base
     try:
-        (model, params), _ = teacher.opened(parts)
+        (model, params), _ = teacher.opened(parts, parts.config.data.labels or ())
     except errors.TunejaxError as e:
         print(f"warning: the whole network is {base[0]}, as the teacher cannot be opened: {e}")
         return base

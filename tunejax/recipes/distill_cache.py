@@ -55,7 +55,7 @@ def write(config: schema.Config) -> Found:
     data = rows.read(config, opened.tokenizer, opened.model_config.kind, opened.prompt)
     assert data.train is not None
     parts = assemble.parts(config, opened, num_labels=len(data.labels), mesh=mesh)
-    (model, params), _ = teacher.opened(parts)
+    (model, params), _ = teacher.opened(parts, data.labels)
     manifest = describe(parts, data.train, params)
     folder = Path(section.cache or "")
     teacher_cache.begin(folder, manifest)

@@ -115,7 +115,7 @@ def prepare(config: schema.Config, configs: list[schema.Config]) -> Ready:
 def begin(ready: Ready) -> Begun:
     """One base, and what every member begins with."""
     parts, own = ready.parts, ready.own
-    taught = teacher.find(parts, ready.beside)
+    taught = teacher.find(parts, ready.beside, ready.data.labels)
     if taught.sizes:
         raise errors.ConfigError(
             f"many: distill.hidden trains projections beside {parts.method.name}, which members of one program cannot; "

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ from tunejax.data.corpus import Corpus
 from tunejax.generate import sampling
 from tunejax.models.config import ModelConfig
 from tunejax.objectives import distill, features
-from tunejax.recipes import artefact, assemble, samples
+from tunejax.recipes import artefact, assemble, comparable, samples
 from tunejax.recipes import rows as row_lib
 from tunejax.train import on_policy as policy
 
@@ -80,19 +80,21 @@ def _names_config(text: str | None) -> bool:
     return text is not None and text.endswith((".yaml", ".yml"))
 
 
-def find(parts: assemble.Parts, read: Beside | None) -> Taught:
+def find(parts: assemble.Parts, read: Beside | None, labels: Sequence[str]) -> Taught:
     """Opens the teacher that ``config.distill`` names, if any, and makes the terms on its features.
 
-    read: see `arrays`.
+    Args:
+      read: see `arrays`.
+      labels: names of the classes, as the rows have them; empty where there are none.
 
     Raises:
       ConfigError, CheckpointError: the teacher cannot be opened, lacks a head or a layer that is named, or tells other
-        tokens apart.
+        tokens or labels apart.
     """
     section = parts.config.distill
     if section is None or section.cache is not None:
         return Taught()
-    found, shape = (None, parts.model_config) if section.teacher == ITSELF else opened(parts, read is not None)
+    found, shape = (None, parts.model_config) if section.teacher == ITSELF else opened(parts, labels, read is not None)
     ours, terms, sizes = parts.model_config, [], {}
     if section.hidden is not None:
         project, options = section.hidden.project, section.hidden.model_dump(exclude={"project"})
@@ -148,6 +150,7 @@ def arrays(parts: assemble.Parts, rows: Corpus | None) -> Beside | None:
         vocabulary=vocabulary(parts),
         temperature=section.temperature,
         tokenizer=tokenizer_digest(parts.tokenizer),
+        teacher=section.teacher,
     )
 
 
@@ -157,7 +160,8 @@ def _aligned(parts: assemble.Parts, rows: Corpus) -> align.Aligned | None:
     assert section is not None
     if section.divergence != "uld" or section.teacher in (None, ITSELF):
         return None
-    theirs, shape = artefact.reader(place(str(section.teacher)))
+    named = place(str(section.teacher))
+    theirs, shape = artefact.reader(named)
     if tokenizer_digest(theirs) == tokenizer_digest(parts.tokenizer):
         return None
     refused = {"data.packing": data.packing, **{f"distill.{n}": getattr(section, n) for n in ALIKE}}
@@ -166,7 +170,8 @@ def _aligned(parts: assemble.Parts, rows: Corpus) -> align.Aligned | None:
             raise errors.ConfigError(
                 f"{name} does not go with a teacher of another tokenizer, and {section.teacher} has one"
             )
-    update = {"max_length": shape.max_positions, "truncation": "end", "on_bad_row": "skip", "eval_path": None}
+    room = shape.max_positions - artefact.prefix(named)
+    update = {"max_length": room, "truncation": "end", "on_bad_row": "skip", "eval_path": None}
     config = parts.config.model_copy(update={"data": data.model_copy(update={**update, "eos_token_id": None})})
     read = row_lib.read(config, theirs, shape.kind).train
     assert read is not None
@@ -251,10 +256,12 @@ def without_virtual(batch: Batch, vocab_size: int) -> dict[str, Any]:
     }
 
 
-def opened(parts: assemble.Parts, aligned: bool = False) -> tuple[tuple[Model, Params], ModelConfig]:
+def opened(
+    parts: assemble.Parts, labels: Sequence[str], aligned: bool = False
+) -> tuple[tuple[Model, Params], ModelConfig]:
     """A run folder's tuned model, or a checkpoint, with the student's kind of head, on the student's mesh.
 
-    It takes rows without virtual tokens. aligned: they are its own tokenizer's.
+    It takes rows without virtual tokens. labels: see `find`. aligned: the rows are its own tokenizer's.
 
     Raises:
       ConfigError, CheckpointError: see `find`.
@@ -273,48 +280,20 @@ def opened(parts: assemble.Parts, aligned: bool = False) -> tuple[tuple[Model, P
                 f"distill.teacher {name} was tuned by {tuned.parts.method.name}, and the student's rows do not begin "
                 "with its virtual tokens: name a teacher without any"
             )
-        model, params, shape = tuned.parts.model, tuned.params, tuned.parts.model_config
+        model, params, shape, method = tuned.parts.model, tuned.params, tuned.parts.model_config, tuned.parts.method
+        known = tuple(tuned.parts.config.data.labels or ())
+        found = comparable.Teacher(name, shape, known, method.name, method.prefix)
     else:
         model, params, shape = _checkpoint(parts, name, head)
+        found = comparable.Teacher(name, shape, comparable.of_checkpoint(shape))
     if not aligned:
-        _check(parts, name, shape)
+        comparable.check(parts, labels, found)
     return (model, params), shape
 
 
-def _check(parts: assemble.Parts, name: str, shape: ModelConfig) -> None:
-    """Raises ConfigError where the teacher cannot be compared with the student, or does not take its rows."""
-    section, ours = parts.config.distill, parts.model_config
-    assert section is not None
-    theirs, known = artefact.reader(name)[0].get_vocab(), parts.tokenizer.get_vocab()
-    other = next((t for t, i in sorted(known.items(), key=lambda item: item[1]) if theirs.get(t, i) != i), None)
-    if other is not None:
-        raise errors.ConfigError(
-            f"distill.teacher {name} has another tokenizer ({other!r} is {theirs[other]} there, {known[other]} here): "
-            "set distill.divergence: uld, or train on what it writes (tunejax distill-generate)"
-        )
-    labels = parts.config.model.head == "classification"
-    same = shape.num_labels == ours.num_labels if labels else shape.vocab_size == ours.vocab_size
-    if section.logits and section.divergence != "uld" and not same:
-        raise errors.ConfigError(
-            f"distill.teacher {name} has a vocabulary of {shape.vocab_size} tokens and {shape.num_labels} labels; the "
-            f"student {ours.vocab_size} and {ours.num_labels}: distilling logits needs the same ones"
-        )
-    if shape.vocab_size < len(parts.tokenizer):
-        raise errors.ConfigError(
-            f"distill.teacher {name} has a vocabulary of {shape.vocab_size} tokens; the student's tokenizer has "
-            f"{len(parts.tokenizer)}"
-        )
-    if shape.max_positions < parts.config.data.max_length:
-        raise errors.ConfigError(
-            f"distill.teacher {name} has {shape.max_positions} positions, and data.max_length is "
-            f"{parts.config.data.max_length}"
-        )
-
-
 def _checkpoint(parts: assemble.Parts, name: str, head: str) -> tuple[Model, Params, Any]:
-    config = parts.config.model_copy(
-        update={"model": parts.config.model.model_copy(update={"path": name, "layers": None, "random_init": False})}
-    )
+    its_own = {"path": name, "tokenizer": None, "layers": None, "random_init": False}
+    config = parts.config.model_copy(update={"model": parts.config.model.model_copy(update=its_own)})
     opened = assemble.opened(config, artefact.NOTHING)
     theirs = assemble.parts(config, opened, num_labels=parts.model_config.num_labels, mesh=parts.mesh)
     loaded = assemble.load(theirs)

@@ -97,7 +97,7 @@ def begin(ready: Ready) -> Begun:
     counts = table.table(loaded.params, method.learning(tuned.method, shapes.train), shapes.edits)
     announce(tuned, counts, report.describe(tuned.method, loaded.params, shapes), ready.data, ready.total)
     fresh = {p: adapter.on_host(paths.get(loaded.params, p)) for p in loaded.fresh if p not in shapes.edits}
-    taught = teacher.find(tuned, ready.beside)
+    taught = teacher.find(tuned, ready.beside, ready.data.labels)
     parts = taught.with_method(tuned)
     key = jax.random.key(tuned.config.seed)
     begun, base = state.start(parts.model, parts.method, ready.optimizer, loaded.params, key, parts.mesh)
