@@ -1,6 +1,7 @@
 """Progressive shrinking: scores, schedules and targets against formulas, and what is masked in a run."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -222,6 +223,61 @@ def test_magnitude_is_of_the_weights_after_the_step():
     _, state = trains.run(spec, steps=1)
     expected = units.squares(paths.replace(tiny.params(), state.train["0:full"]), "mlp", 24)
     np.testing.assert_allclose(state.state["1:shrink"]["importance"]["mlp"], expected, rtol=1e-5)
+
+
+BEHIND = {
+    "prompt": {"name": "prompt_tuning", "length": 2},
+    "gated": {"name": "gated", "method": {"name": "pfeiffer", "width": 2}},
+    "parallel": {"name": "parallel_adapter", "width": 4},
+}
+"""What leaves behind it an operator that has no kernel, or one of another shape."""
+
+
+@pytest.mark.parametrize("first", BEHIND.values(), ids=BEHIND)
+def test_units_behind_an_operator_without_a_kernel_are_those_of_the_model(first):
+    """At the start these methods change no kernel, so magnitudes are those of the model itself."""
+    p, keep = tiny.params(), {"heads": 0.5, "mlp": 0.5, "depth": 0.67, "hidden": 0.75}
+    for last in ({"name": "shrink", "keep": keep, "importance": "magnitude", "schedule": "one_shot"},
+                 {"name": "supernet", "keep": keep, "size": 4}):  # fmt: skip
+        method = registry.build([first, last], facts={"num_kv_heads": 2})
+        base, start = begun(method, p)
+        grads = jax.tree.map(jnp.zeros_like, start.train)
+        ctx = Context(params=functools.partial(method.bind, base, start.train, start.state, Context()))
+        state = method.update(start.train, start.state, grads, ctx)
+        for name, found in masked.scores(state).items():
+            np.testing.assert_allclose(found, units.squares(p, name, found.shape[1]), rtol=1e-5)
+        bound = method.bind(base, start.train, state, Context())
+        kept = {k: int(m.sum(1)[0]) for k, m in cut.masks(bound, tiny.LLAMA).items()}
+        assert kept == {"heads": 1, "mlp": 12, "depth": 2, "hidden": 12}
+        plain = masked.put(p, {k: jnp.asarray(m, jnp.float32) for k, m in cut.masks(bound, tiny.LLAMA).items()})
+        np.testing.assert_allclose(tiny.outputs(tiny.model(), bound), tiny.outputs(tiny.model(), plain), atol=1e-5)
+
+
+def test_activations_beside_a_parallel_adapter_and_its_parameters():
+    """Its entries are no units of the MLP, nor parameters of the model that is cut."""
+    losses, state = trains.run([BEHIND["parallel"], {"name": "shrink", "importance": "activation", "every": 1}])
+    assert np.all(np.isfinite(losses))
+    assert state.state["1:shrink"]["importance"]["mlp"].shape == (3, 24)
+    assert all(np.abs(x).max() > 0 for x in jax.tree.leaves(state.state["1:shrink"]["importance"]))
+    p = tiny.params()
+    wide = registry.build(BEHIND["parallel"])
+    base, start = begun(wide, p)
+    bound = wide.bind(base, start.train, start.state, Context())
+    assert units.sizes(bound, 2) == units.sizes(p, 2)
+    assert units.parameters(bound, {"mlp": 7}, units.sizes(p)) == units.parameters(p, {"mlp": 7}, units.sizes(p))
+
+
+def test_an_operator_around_nothing_has_no_magnitude():
+    @tiny.operators.operator
+    class Alone:
+        w: jax.Array
+        dense = tiny.Squared.dense
+        shape = property(lambda self: self.w.shape)
+
+    up = "layers/0/mlp/up/kernel"
+    bound = paths.replace(tiny.params(), {up: Alone(paths.get(tiny.params(), up))})
+    with pytest.raises(errors.ConfigError, match=f"{up}: Alone stands there.*no magnitude"):
+        units.squares(bound, "mlp", 24)
 
 
 def test_probes_weigh_nothing_in_the_norm_that_clips():

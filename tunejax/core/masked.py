@@ -93,16 +93,13 @@ def put(params: Params, masks: Mapping[str, jax.Array], seen: Mapping[str, jax.A
     out: dict[paths.Path, Any] = {}
     starts = {s.name: s for s in paths.segments(params)}
 
-    def rows(values: jax.Array | None, path: str, layered: bool, width: int) -> jax.Array | None:
-        if values is None:
-            return None
+    def rows(values: jax.Array | None, path: str, layered: bool) -> jax.Array | None:
         segment = starts.get(path.split("/")[1]) if path.startswith("layers/") else None
-        values = units.spread(values, width)
-        if segment is None:
-            return values[0]
+        if values is None or segment is None:
+            return None if values is None else values[0]
         if layered:
             return values[segment.start : segment.start + segment.size]
-        return jnp.broadcast_to(values, (segment.size, width))
+        return jnp.broadcast_to(values, (segment.size, values.shape[1]))
 
     for name, mask in masks.items():
         d = units.DIMENSIONS[name]
@@ -110,12 +107,17 @@ def put(params: Params, masks: Mapping[str, jax.Array], seen: Mapping[str, jax.A
             leaf = out.get(path, leaf)
             for patterns, side, axis in ((d.read, "in", -2), (d.normed, "out", -1)):
                 if leaf is not None and any(paths.matches(p, path) for p in patterns):
-                    made = {f"{side}_{what}": rows(x, path, d.layered, leaf.shape[axis])
-                            for what, x in (("mask", mask), ("seen", seen.get(name)))}  # fmt: skip
-                    out[path] = Masked(leaf, **made)
+                    ends = {"mask": _ends(mask, leaf, axis, 1.0), "seen": _ends(seen.get(name), leaf, axis, 0.0)}
+                    out[path] = Masked(leaf, **{f"{side}_{k}": rows(x, path, d.layered) for k, x in ends.items()})
         if name == "depth":
             out.update(_gates(params, mask[0]))
     return paths.replace(params, out)
+
+
+def _ends(values: jax.Array | None, leaf: Any, axis: int, fill: float) -> jax.Array | None:
+    """Values a unit [rows, units] -> [rows, entries of the leaf's axis]; those that an operator adds get ``fill``."""
+    width = operators.innermost(leaf).shape[axis]
+    return None if values is None else units.spread(values, width, leaf.shape[axis] - width, fill)
 
 
 def taken_off(params: Params) -> Params:

@@ -73,7 +73,8 @@ def _mask(leaf: Any, d: units.Dimension) -> np.ndarray | None:
         if own is not None:
             out = np.asarray(own) > 0 if out is None else out & (np.asarray(own) > 0)
         leaf = leaf.base
-    return out
+    width = operators.innermost(leaf).shape[-1 if d.normed else -2]
+    return None if out is None else out[..., :width]  # an operator may have made the kernel wider
 
 
 def bare(bound: Params) -> Params:
