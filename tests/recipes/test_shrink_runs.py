@@ -296,7 +296,19 @@ def test_what_cannot_be_shrunk(world, tmp_path, capsys):
     assert "masks nothing: its method is lora" in capsys.readouterr().err
     assert cli.main(["shrink", str(world / "my.yaml"), str(tmp_path / "none"), f"output_dir={tmp_path / 'new'}"]) == 2
     assert "masks nothing: its method is lora" in capsys.readouterr().err
-    assert not (tmp_path / "new").exists()
+    full = "method=[full, {name: supernet, keep: {heads: 0.5}}]"
+    for changes, says in (
+        (["method=[full, {name: shrink, keep: {hidden: 0.8}}]"], "embed_dim (13) is no multiple"),
+        (["method=[{name: houlsby, width: 2}, {name: shrink}]"], "no plain kernel"),
+        (["method=[full, {name: shrink}, {name: lora, targets: mlp/down/kernel}]"], "stands above the mask"),
+        (["method=[full, {name: shrink}]", "--flops", "0.9"], "offers no sizes to choose from"),
+        ([full, "--flops", "0.1"], "the smallest mixture leaves 0."),
+        ([full, "--flops", "0.9", "data.eval_path=null"], "no rows to search by"),
+    ):
+        command = ["shrink", str(world / "my.yaml"), str(tmp_path / "none"), f"output_dir={tmp_path / 'new'}"]
+        assert cli.main([*command, *changes]) == 2
+        assert says in capsys.readouterr().err
+        assert not (tmp_path / "new").exists()
     assert cli.main(["shrink", str(world / "run"), str(tmp_path / "none"), "--flops", "0.5"]) == 2
     assert "offers no sizes to choose from" in capsys.readouterr().err
     other = tmp_path / "other.yaml"

@@ -24,6 +24,9 @@ SCORES = "importance"
 COUNTS = "counts"
 """Under this name a method keeps in its state how many units each size that it offers keeps: dimension -> [sizes]."""
 
+TARGET = "target"
+"""Under this name a method keeps in its state how many units its masks come down to: dimension -> int scalar."""
+
 
 @operators.operator
 class Masked(operators.Above):
@@ -150,12 +153,17 @@ def counts(state: Any) -> dict[str, Any]:
     return _by_dimension(state, COUNTS)
 
 
+def targets(state: Any) -> dict[str, Any]:
+    """Dimension -> how many units are left at the end, in a row, of a method that masks ever more; else empty."""
+    return _by_dimension(state, TARGET)
+
+
 def _by_dimension(state: Any, name: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if isinstance(state, Mapping):
         for key, value in state.items():
-            inner = value if key == name and set(value) <= set(units.DIMENSIONS) else _by_dimension(value, name)
-            found.update(inner)
+            own = key == name and isinstance(value, Mapping) and set(value) <= set(units.DIMENSIONS)
+            found.update(value if own else _by_dimension(value, name))
     return found
 
 

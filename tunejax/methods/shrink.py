@@ -102,7 +102,7 @@ def shrink(
         zeros = {name: jnp.zeros((units.rows(params, name), sizes[name])) for name in dimensions}
         state = {
             "updates": jnp.zeros((), jnp.int32),
-            "target": {name: jnp.full((), t, jnp.int32) for name, t in target.items()},
+            masked.TARGET: {name: jnp.full((), t, jnp.int32) for name, t in target.items()},
             "kept": {name: jnp.ones(x.shape, bool) for name, x in zeros.items()},
             masked.SCORES: {name: jnp.zeros_like(x) for name, x in zeros.items()},
         }
@@ -149,7 +149,7 @@ def shrink(
             scores = {name: _gathered(importance, beta, state[masked.SCORES][name], g) for name, g in slopes.items()}
         kept = {}
         for name, old in state["kept"].items():
-            count = gradual.count(old.shape[1], state["target"][name], left[order[name]])
+            count = gradual.count(old.shape[1], state[masked.TARGET][name], left[order[name]])
             kept[name] = jnp.where(moves, gradual.greatest(scores[name], count), old)
             if gate:
                 kept[name] = jnp.where(gate["waited"] >= patience, gate["good"][name], kept[name])

@@ -30,24 +30,11 @@ def masks(bound: Params, config: ModelConfig) -> dict[str, np.ndarray]:
     """The masks that stand in bound parameters (`core.masked.put`), one for each dimension that is masked.
 
     Raises:
-      ConfigError: another method wraps a masked kernel from outside, so that what is masked still counts; or one stands
-        where a branch joins the residual, which no smaller model can have.
+      ConfigError: as `check_places`.
     """
+    check_places(bound)
     out: dict[str, np.ndarray] = {}
     flat = paths.flatten(bound)
-    for path, leaf in flat.items():
-        if leaf is not None and paths.matches(JOIN, path):
-            raise errors.ConfigError(
-                f"{path}: a method acts where this branch joins the residual, and no checkpoint has anything there. "
-                "Cut without it, and train it on the smaller model"
-            )
-        inner = leaf
-        while isinstance(inner, masked.Masked):
-            inner = inner.base
-        while operators.is_operator(inner):
-            if isinstance(inner, masked.Masked):
-                raise errors.ConfigError(f"{path}: another method stands above the mask; name the one that masks last")
-            inner = getattr(inner, "base", None)
     for name, count in sizes(config).items():
         d = units.DIMENSIONS[name]
         if name == "depth":
@@ -63,6 +50,28 @@ def masks(bound: Params, config: ModelConfig) -> dict[str, np.ndarray]:
             stacked = stacked.reshape(len(stacked), count, -1)[..., 0]
             out[name] = stacked if d.layered else stacked[:1]
     return out
+
+
+def check_places(bound: Params) -> None:
+    """Whether all masks stand where a cut can follow them; bound parameters may be shapes.
+
+    Raises:
+      ConfigError: another method wraps a masked kernel from outside, so that what is masked still counts; or one stands
+        where a branch joins the residual, which no smaller model can have.
+    """
+    for path, leaf in paths.flatten(bound).items():
+        if leaf is not None and paths.matches(JOIN, path):
+            raise errors.ConfigError(
+                f"{path}: a method acts where this branch joins the residual, and no checkpoint has anything there. "
+                "Cut without it, and train it on the smaller model"
+            )
+        inner = leaf
+        while isinstance(inner, masked.Masked):
+            inner = inner.base
+        while operators.is_operator(inner):
+            if isinstance(inner, masked.Masked):
+                raise errors.ConfigError(f"{path}: another method stands above the mask; name the one that masks last")
+            inner = operators.beneath(inner)
 
 
 def _mask(leaf: Any, d: units.Dimension) -> np.ndarray | None:

@@ -34,14 +34,13 @@ def main(args: argparse.Namespace) -> int:
       ConfigError: the output folder holds something else, the run masks nothing, or the family cannot say the sizes.
       NotLinear: an operator has no plain kernel.
     """
-    output, code = Path(args.output), 0
-    asked_for(args)
+    output, code, wanted = Path(args.output), 0, asked_for(args)
     if Path(args.run).is_file():
         config = load.load(args.run, args.overrides)
         args.run, args.overrides = config.output_dir, []
         written(output, command(args))
         config = latency.resolved(config)
-        check(config)
+        check(config, wanted)
         summary = train.run(config)
         if outcome.was_stopped(summary):
             return 0
@@ -104,21 +103,39 @@ def written(output: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
     return found
 
 
-def check(config: schema.Config) -> None:
-    """Raises ConfigError where the run of a config would leave nothing to cut; no weights are read."""
+def check(config: schema.Config, wanted: search.Asked | None = None) -> None:
+    """What can be told before the run of a config, from shapes alone: no weights are read.
+
+    wanted: what is to be searched for afterwards.
+
+    Raises:
+      ConfigError: the run would leave nothing to cut, sizes that the family cannot say, or nothing to search among.
+      NotLinear: an operator has no plain kernel.
+    """
     if config.many:
         raise errors.ConfigError("many: tunejax shrink cuts one run; train them, then name a member's folder")
     runtime.begin()
     parts = assemble.parts(config, assemble.opened(config))
 
-    def bound(key: Any) -> Any:
+    def begun(key: Any) -> tuple[Any, Any]:
         params = parts.model.init(key)
         start = parts.method.init(key, params)
         base = method.apply_edits(params, start.edits)
-        return parts.method.bind(base, start.train, start.state, method.Context())
+        return parts.method.bind(base, start.train, start.state, method.Context()), start.state
 
-    if not masked.any_stands(jax.eval_shape(bound, key_shape())):
+    bound, _ = jax.eval_shape(begun, key_shape())
+    cut.check_places(bound)
+    if not masked.any_stands(bound):
         raise errors.ConfigError(nothing(config.output_dir, parts))
+    jax.eval_shape(cut.bare, bound)
+    # Numbers of units depend on no parameter, so the compiler leaves out all else.
+    targets, counts = jax.jit(lambda key: [f(begun(key)[1]) for f in (masked.targets, masked.counts)])(
+        jax.random.key(0)
+    )
+    left = cut.smaller(parts.model_config, {name: int(n) for name, n in targets.items()})
+    cut.check(left, config.model.head or "lm")
+    if wanted is not None:
+        search.opened(parts, config.output_dir, counts, masked.taken_off(bound), wanted)
 
 
 def nothing(run: str, parts: assemble.Parts) -> str:
