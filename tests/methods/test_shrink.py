@@ -138,9 +138,38 @@ def test_the_loss_gates():
     assert walk([0.5, 0.5, 2.0, 0.5, 0.5, 0.5]) == [21, 18, 18, 15, 12, 12]
     assert walk([0.5, 0.5, 2.0, 2.0, 0.5, 0.5]) == [21, 18, 18, 21, 21, 21]
     assert walk([2.0] * 3) == [24] * 3
+    run_to = {24: [2.0] * 3, 21: [0.5, 0.5, 2.0, 2.0], 12: [0.5] * 4, 15: [0.5] * 4 + [2.0] * 3}
+    for floor, losses in run_to.items():
+        state = start.state
+        for value in losses:
+            state = run(state, value)
+        assert int(masked.targets(state)["mlp"]) == int(state["kept"]["mlp"][0].sum()) == floor
+    assert int(masked.targets(run(start.state, 0.5))["mlp"]) == 12
     assert walk([0.5] * 4 + [2.0] * 3) == [21, 18, 15, 12, 12, 15, 15]
     with pytest.raises(errors.ConfigError, match="needs the loss of the step"):
         method.update(start.train, start.state, start.train, Context())
+
+
+def test_when_a_schedule_ends():
+    """At the first update from which on no mask moves, where the loss lets it."""
+    for spec, ends in (
+        ({"steps": 8, "begin": 2, "every": 3}, 10),
+        ({"schedule": "one_shot", "begin": 3}, 4),
+        ({"schedule": "loss_gated", "max_loss": 1.0, "begin": 1, "steps": 7, "every": 2}, 9),
+    ):
+        method = shrink.shrink({"mlp": 0.5}, **spec)
+        assert method.updates == methods.chain(full.full(), method).updates == ends
+        _, start = begun(method, tiny.params())
+        run, state, sizes = (
+            jax.jit(lambda s, m=method, t=start.train: m.update(t, s, t, Context(loss=0.5))),
+            start.state,
+            [],
+        )
+        for _ in range(ends + 2):
+            state = run(state)
+            sizes.append(int(state["kept"]["mlp"][0].sum()))
+        assert sizes[ends - 2] > sizes[ends - 1] == sizes[-1] == 12
+    assert full.full().updates == 0
 
 
 def test_the_step_gives_its_loss():

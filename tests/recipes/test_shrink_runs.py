@@ -55,6 +55,7 @@ def test_the_cut_model_is_what_the_run_says(world, tmp_path, capsys):
     out = tmp_path / "small"
     assert cli.main(["shrink", str(world / "run"), str(out), "--batch", "2", "--length", "8"]) == 0
     said = capsys.readouterr().out
+    assert "warning" not in said
     tuned = artefact.open_run(str(world / "run"))
     tokens = np.random.default_rng(0).integers(0, 20, (2, 8)).astype(np.int32)
     model, params = tuned.parts.model, tuned.params
@@ -285,6 +286,25 @@ def test_what_is_to_be_fast(world, monkeypatch, capsys):
     assert len(calls) == 1
     assert cli.main([*command[:-1], command[-1].replace("0.7", "0.05")]) == 2
     assert "with 0.25 of each dimension it is 0.325" in capsys.readouterr().err
+
+
+def test_masks_that_never_come_down(world, tmp_path, capsys):
+    """Told before the run, and where an older state is cut; what is told has an end that is out of reach."""
+    command = [str(world / "my.yaml"), "method=[full, {name: shrink, begin: 2, steps: 5, every: 1}]", *QUICK]
+    new = [f"output_dir={tmp_path / 'new'}", "data.eval_path=null"]
+    said = "the run has 6 steps, and shrink ends at update 7"
+    assert cli.main(["shrink", command[0], str(tmp_path / "none"), *command[1:], *new]) == 2
+    assert said in capsys.readouterr().err
+    epochs = ["train.max_steps=null", "train.num_train_epochs=6"]
+    assert cli.main(["shrink", command[0], str(tmp_path / "none"), *command[1:], *new, *epochs]) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+    assert cli.main(["train", *command, *new]) == 0
+    assert f"warning: {said}" in capsys.readouterr().out
+    assert cli.main(["shrink", str(tmp_path / "new"), str(tmp_path / "cut"), "--batch", "1", "--length", "4"]) == 0
+    kept = json.loads((tmp_path / "cut" / "shrink.json").read_text())["kept"]["mlp"]
+    assert f"warning: mlp: {kept} are kept, and the target is 12" in capsys.readouterr().out
+    assert kept == "13 of 24"  # 12 + ceil(12 (1 - 4/5)^3)
 
 
 def test_what_cannot_be_shrunk(world, tmp_path, capsys):

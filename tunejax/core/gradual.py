@@ -34,6 +34,11 @@ class Plan(NamedTuple):
         since = updates - self.begin
         return (since > 0) & (since <= steps) & ((since % every == 0) | (since == steps))
 
+    @property
+    def ends(self) -> int:
+        """The update at which the last masks are made."""
+        return self.begin + (1 if self.schedule == "one_shot" else self.steps)
+
     def left(self, updates: Any, dimensions: int = 1) -> list[jax.Array]:
         """`remaining` at this update."""
         return remaining(self.schedule, (updates - self.begin) / self.steps, dimensions, self.stages)

@@ -16,6 +16,7 @@ Scores of masked units are measured too, so that they may come back while the sc
 by a probe in ``train`` that is always 0: its learning rate is multiplied by 0.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -153,7 +154,11 @@ def shrink(
             kept[name] = jnp.where(moves, gradual.greatest(scores[name], count), old)
             if gate:
                 kept[name] = jnp.where(gate["waited"] >= patience, gate["good"][name], kept[name])
-        new = {"updates": updates, "target": state["target"], "kept": kept, masked.SCORES: scores}
+        target = state[masked.TARGET]
+        if gate:  # where the gate has closed, what the loss allowed is the end
+            closed = gate["waited"] >= patience
+            target = {name: jnp.where(closed, kept[name][0].sum(), n) for name, n in target.items()}
+        new = {"updates": updates, masked.TARGET: target, "kept": kept, masked.SCORES: scores}
         return {**new, "gate": gate} if gate else new
 
     def gated(plan: gradual.Plan, state: Any, updates: Any, loss: Any) -> tuple[Any, list[Any], dict[str, Any]]:
@@ -174,7 +179,9 @@ def shrink(
     def no_rates(train: Any) -> Any:
         return jax.tree.map(lambda x: 0.0, train)
 
-    return methods.method("shrink", init, bind, update=update, rates=no_rates)
+    # The gate asks at every ``every``-th update alone.
+    ends = begin + math.ceil(steps / every) * every if schedule == GATED else plan.ends
+    return methods.method("shrink", init, bind, update=update, rates=no_rates, updates=ends)
 
 
 def _gathered(importance: str, beta: float, old: jax.Array, slope: jax.Array) -> jax.Array:

@@ -20,7 +20,19 @@ from tunejax.core import errors, masked, method
 from tunejax.core.model import key_shape
 from tunejax.interop import hf
 from tunejax.models import cut
-from tunejax.recipes import artefact, assemble, before_after, folder, latency, outcome, runtime, search, train
+from tunejax.recipes import (
+    artefact,
+    assemble,
+    before_after,
+    folder,
+    latency,
+    outcome,
+    rows,
+    runtime,
+    search,
+    settings,
+    train,
+)
 
 RECORD = "shrink.json"
 SEARCHED = ("parameters", "flops", "metric", "evaluations", "seed")
@@ -54,6 +66,8 @@ def main(args: argparse.Namespace) -> int:
     if found["search"] is not None:
         print(search.table(found["search"]) + "\n")
     print(before_after.table(found))
+    for line in found.get("warnings", []):
+        print(f"warning: {line}")
     print(f"logits differ from the masked model's by at most {found['difference']:.1e}")
     print(f"{output}: {found['name']} shrunk by {found['method']}")
     return code
@@ -109,7 +123,8 @@ def check(config: schema.Config, wanted: search.Asked | None = None) -> None:
     wanted: what is to be searched for afterwards.
 
     Raises:
-      ConfigError: the run would leave nothing to cut, sizes that the family cannot say, or nothing to search among.
+      ConfigError: the run would leave nothing to cut, sizes that the family cannot say, or nothing to search among; or
+        it ends before its masks.
       NotLinear: an operator has no plain kernel.
     """
     if config.many:
@@ -136,6 +151,31 @@ def check(config: schema.Config, wanted: search.Asked | None = None) -> None:
     cut.check(left, config.model.head or "lm")
     if wanted is not None:
         search.opened(parts, config.output_dir, counts, masked.taken_off(bound), wanted)
+    short = settings.cut_short(parts.method, steps(config, parts)) if parts.method.updates else None
+    if short:
+        raise errors.ConfigError(short)
+
+
+def steps(config: schema.Config, parts: assemble.Parts) -> int:
+    """How many the run of a config has; its rows are read only where they decide."""
+
+    def of(epochs: float) -> int:
+        data = rows.read(config, parts.tokenizer, parts.model_config.kind, parts.prompt)
+        loaders = rows.loaders(config, data, settings.batches(config, parts.mesh), parts.tokenizer)
+        return loaders.train.plan.steps(epochs)
+
+    return settings.total_steps(config, of)
+
+
+def on_the_way(masks: cut.Masks, state: Any) -> list[str]:
+    """One line for each dimension whose masks keep more than they were to come down to."""
+    told = {name: (int(masks[name][0].sum()), int(n)) for name, n in masked.targets(state).items() if name in masks}
+    return [
+        f"{name}: {kept} of {masks[name].shape[1]} are kept, and the target is {target}: what was cut is from before "
+        "the end of the schedule (begin + steps)"
+        for name, (kept, target) in told.items()
+        if kept > target
+    ]
 
 
 def nothing(run: str, parts: assemble.Parts) -> str:
@@ -176,6 +216,7 @@ def make(args: argparse.Namespace, output: Path, asked: dict[str, Any]) -> dict[
         "difference": float(np.abs(np.asarray(said - expected, np.float32)).max()),
         "quality": before_after.quality(tuned, bound, half),
         "search": found,
+        "warnings": on_the_way(masks, tuned.state),
     }
     if found is not None:
         search.picture(found, half / "pareto.png")
