@@ -224,6 +224,50 @@ def test_a_part_of_the_flops(config, head):
     assert left(target) > 0.5
 
 
+WIDE = {"embed_dim": 48, "mlp_dim": 96, "num_heads": 6, "head_dim": 8}
+
+
+@pytest.mark.parametrize("names", [("heads", "mlp", "hidden"), ("hidden", "mlp")])
+@pytest.mark.parametrize("family", [tiny.LLAMA, tiny.GPT2, tiny.BERT], ids=lambda c: c.family)
+def test_a_budget_takes_sizes_that_can_be_written(family, names):
+    """The greatest part within it; by rules said here again: Llama wants a multiple of its query heads, the others
+    have heads of the width that they had."""
+    own = family.num_heads == family.num_kv_heads
+    config = dataclasses.replace(family, **WIDE, num_kv_heads=6 if own else 3)
+    head = "mlm" if config.kind == "encoder" else "lm"
+    p, sizes = tiny.params(config, head), cut.sizes(config)
+    facts = {"num_kv_heads": config.num_kv_heads, "kv_head_counts": [], "writable": cut.writable(config, head)}
+
+    def kept(part):
+        out = {k: max(1, round(part * sizes[k])) for k in names}
+        for heads in range(out.get("heads", sizes["heads"]), 0, -1) if "heads" in out else (sizes["heads"],):
+            queries = heads * config.num_heads // config.num_kv_heads
+            fit = [n for n in range(1, out["hidden"] + 1) if (n == 8 * queries if own else n % queries == 0)]
+            if fit:
+                return {**out, "hidden": fit[-1], **({"heads": heads} if "heads" in out else {})}
+        return None
+
+    whole = cost.parameters(config, head)
+    found = {}
+    for budget in (0.9, 0.6, 0.4):
+        every = (k for i in range(1000, 0, -1) if (k := kept(i / 1000)))
+        found[budget] = next(
+            (k for k in every if cost.parameters(cut.smaller(config, k), head) <= budget * whole), None
+        )
+        method = registry.build({"name": "shrink", "keep": list(names), "parameters": budget}, facts=facts)
+        if found[budget] is None:
+            with pytest.raises(errors.ConfigError, match="hidden together with heads"):
+                method.init(KEY, p)
+            continue
+        target = {k: int(x) for k, x in masked.targets(method.init(KEY, p).state).items()}
+        assert target == found[budget]
+        cut.check(cut.smaller(config, target), head)
+    assert any(found.values()) == (not own or "heads" in names)
+    spec = {"name": "shrink", "keep": list(names), "parameters": 0.6, "kv_head_counts": None}
+    free, plain = (registry.build(spec, facts=f) for f in (facts, {"num_kv_heads": config.num_kv_heads}))
+    assert masked.targets(free.init(KEY, p).state) == masked.targets(plain.init(KEY, p).state)
+
+
 @pytest.mark.parametrize("importance", shrink.IMPORTANCE)
 def test_a_run_masks_what_it_says_and_moves_no_probe(importance):
     keep = {k: v for k, v in KEEP.items() if k != "depth" or importance != "activation"}

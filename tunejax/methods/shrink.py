@@ -17,7 +17,7 @@ by a probe in ``train`` that is always 0: its learning rate is multiplied by 0.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -30,7 +30,7 @@ from tunejax.core.paths import Params
 
 GATED = "loss_gated"
 IMPORTANCE = ("taylor", "movement", "activation", "magnitude")
-FACTS = ("num_kv_heads", "kv_head_counts")
+FACTS = ("num_kv_heads", "kv_head_counts", "writable")
 """Arguments that follow from the model, where a config builds the method."""
 
 ALIASES = {"begin_step": "begin", "frequency": "every"}
@@ -56,6 +56,7 @@ def shrink(
     beta: float = 0.9,
     num_kv_heads: int | None = None,
     kv_head_counts: list[int] | None = None,
+    writable: Callable[[Mapping[str, int]], bool] | None = None,
 ) -> Method:
     """Masks ever more heads, MLP entries, layers or hidden entries while the methods before it train.
 
@@ -77,7 +78,8 @@ def shrink(
       importance: taylor, movement, activation (no depth) or magnitude.
       beta: of the moving averages.
       num_kv_heads: of the model; a unit of "heads" is one with the query heads that read it.
-      kv_head_counts: how many its format can say; any unless told.
+      kv_head_counts: how many its format can say; any, and any other sizes, unless told.
+      writable: (units of heads and hidden) -> whether it can say them; a budget takes only such.
 
     Raises:
       ConfigError: an argument out of range; from init: a target that the model or its format does not allow.
@@ -98,7 +100,7 @@ def shrink(
 
     def init(key: Any, params: Params) -> Start:
         sizes = units.sizes(params, num_kv_heads)
-        # Where hidden is cut too, heads of the same part may fit: the cut will tell.
+        # Where hidden is cut too, heads of the same part may fit: who cuts will tell.
         target = targets(params, sizes, None if "hidden" in order else kv_head_counts)
         zeros = {name: jnp.zeros((units.rows(params, name), sizes[name])) for name in dimensions}
         state = {
@@ -127,8 +129,9 @@ def shrink(
                 return units.parameters(params, kept, sizes)
             return units.flops(params, kept, sizes, length)
 
-        whole, most = cost({}), parameters if flops is None else flops
-        return gradual.greatest_counts(order, sizes, allowed, lambda kept: cost(kept) / whole, float(most or 1))
+        whole, most = cost({}), float((parameters if flops is None else flops) or 1)
+        asked = None if kv_head_counts is None else writable
+        return gradual.greatest_counts(order, sizes, allowed, lambda kept: cost(kept) / whole, most, asked)
 
     def bind(params: Params, train: Any, state: Any, ctx: Context) -> Params:
         masks = {name: kept.astype(jnp.float32) for name, kept in state["kept"].items()}

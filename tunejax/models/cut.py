@@ -1,7 +1,8 @@
 """The physical cut: masked parameters become a smaller model, the same function, in a shape that a config can say."""
 
 import dataclasses
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -180,10 +181,13 @@ def check(config: ModelConfig, head: str) -> None:
     wanted = {f: getattr(config, f) for f in ("num_heads", "num_kv_heads", "head_dim", "mlp_dim", "embed_dim")}
     family = registry.get(config.family)
     try:
-        read = family.read_config(family.write_config(config, head))
+        written = family.write_config(config, head)
+        read = family.read_config(written)
     except errors.CheckpointError as e:
         raise errors.ConfigError(f"a {config.family} of {config.num_heads} heads cannot be saved: {e}") from None
     wrong = [f"{k} {v} (it would be read as {getattr(read, k)})" for k, v in wanted.items() if getattr(read, k) != v]
+    if "head_dim" not in written and config.embed_dim % config.num_heads:
+        wrong.append(f"embed_dim {config.embed_dim} of {config.num_heads} heads (transformers wants a multiple)")
     if wrong:
         raise errors.ConfigError(
             f"config.json of a {config.family} cannot say {', '.join(wrong)}: there a head is as wide as embed_dim / "
@@ -191,14 +195,29 @@ def check(config: ModelConfig, head: str) -> None:
         )
 
 
+def fits(config: ModelConfig, head: str, kept: Mapping[str, int]) -> bool:
+    """Whether `check` lets pass what keeps so many units, the other sizes as they are."""
+    try:
+        check(smaller(config, kept), head)
+    except errors.ConfigError:
+        return False
+    return True
+
+
 def head_counts(config: ModelConfig, head: str) -> tuple[int, ...]:
     """How many key/value heads of this width the family's config.json can say, the other sizes as they are."""
+    return tuple(k for k in range(1, config.num_kv_heads + 1) if fits(config, head, {"heads": k}))
 
-    def fits(count: int) -> bool:
-        try:
-            check(smaller(config, {"heads": count}), head)
-        except errors.ConfigError:
-            return False
-        return True
 
-    return tuple(k for k in range(1, config.num_kv_heads + 1) if fits(k))
+@functools.cache
+def writable(config: ModelConfig, head: str) -> Callable[[Mapping[str, int]], bool]:
+    """`fits` of a model, that remembers: a search for a budget asks of the same heads and hidden entries often."""
+    known: dict[tuple[tuple[str, int], ...], bool] = {}
+
+    def ask(kept: Mapping[str, int]) -> bool:
+        key = tuple(sorted(kept.items()))
+        if key not in known:
+            known[key] = fits(config, head, kept)
+        return known[key]
+
+    return ask

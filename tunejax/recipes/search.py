@@ -57,7 +57,7 @@ class Space:
         # Sizes that keep equally many units of a dimension are one; the first stands for them.
         apart = [sorted({c: x.index(c) for c in x}.values()) for x in self.counts.values()]
         for choice in itertools.product(*apart):
-            if _can_be_said(config, head, self.kept(choice)):
+            if cut.fits(config, head, self.kept(choice)):
                 left[choice] = self._cost(params, asked, self.kept(choice)) / whole
         self.left: dict[Choice, float] = left
 
@@ -89,14 +89,6 @@ class Space:
         if asked.by == "flops":
             return units.flops(params, kept, self._sizes, asked.length)
         return units.parameters(params, kept, self._sizes)
-
-
-def _can_be_said(config: ModelConfig, head: str, kept: dict[str, int]) -> bool:
-    try:
-        cut.check(cut.smaller(config, kept), head)
-    except errors.ConfigError:
-        return False
-    return True
 
 
 def run(tuned: artefact.Tuned, name: str, asked: Asked) -> tuple[paths.Params, dict[str, Any]]:
