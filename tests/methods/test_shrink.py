@@ -1,6 +1,7 @@
 """Progressive shrinking: scores, schedules and targets against formulas, and what is masked in a run."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -137,9 +138,38 @@ def test_the_loss_gates():
     assert walk([0.5, 0.5, 2.0, 0.5, 0.5, 0.5]) == [21, 18, 18, 15, 12, 12]
     assert walk([0.5, 0.5, 2.0, 2.0, 0.5, 0.5]) == [21, 18, 18, 21, 21, 21]
     assert walk([2.0] * 3) == [24] * 3
+    run_to = {24: [2.0] * 3, 21: [0.5, 0.5, 2.0, 2.0], 12: [0.5] * 4, 15: [0.5] * 4 + [2.0] * 3}
+    for floor, losses in run_to.items():
+        state = start.state
+        for value in losses:
+            state = run(state, value)
+        assert int(masked.targets(state)["mlp"]) == int(state["kept"]["mlp"][0].sum()) == floor
+    assert int(masked.targets(run(start.state, 0.5))["mlp"]) == 12
     assert walk([0.5] * 4 + [2.0] * 3) == [21, 18, 15, 12, 12, 15, 15]
     with pytest.raises(errors.ConfigError, match="needs the loss of the step"):
         method.update(start.train, start.state, start.train, Context())
+
+
+def test_when_a_schedule_ends():
+    """At the first update from which on no mask moves, where the loss lets it."""
+    for spec, ends in (
+        ({"steps": 8, "begin": 2, "every": 3}, 10),
+        ({"schedule": "one_shot", "begin": 3}, 4),
+        ({"schedule": "loss_gated", "max_loss": 1.0, "begin": 1, "steps": 7, "every": 2}, 9),
+    ):
+        method = shrink.shrink({"mlp": 0.5}, **spec)
+        assert method.updates == methods.chain(full.full(), method).updates == ends
+        _, start = begun(method, tiny.params())
+        run, state, sizes = (
+            jax.jit(lambda s, m=method, t=start.train: m.update(t, s, t, Context(loss=0.5))),
+            start.state,
+            [],
+        )
+        for _ in range(ends + 2):
+            state = run(state)
+            sizes.append(int(state["kept"]["mlp"][0].sum()))
+        assert sizes[ends - 2] > sizes[ends - 1] == sizes[-1] == 12
+    assert full.full().updates == 0
 
 
 def test_the_step_gives_its_loss():
@@ -194,6 +224,50 @@ def test_a_part_of_the_flops(config, head):
     assert left(target) > 0.5
 
 
+WIDE = {"embed_dim": 48, "mlp_dim": 96, "num_heads": 6, "head_dim": 8}
+
+
+@pytest.mark.parametrize("names", [("heads", "mlp", "hidden"), ("hidden", "mlp")])
+@pytest.mark.parametrize("family", [tiny.LLAMA, tiny.GPT2, tiny.BERT], ids=lambda c: c.family)
+def test_a_budget_takes_sizes_that_can_be_written(family, names):
+    """The greatest part within it; by rules said here again: Llama wants a multiple of its query heads, the others
+    have heads of the width that they had."""
+    own = family.num_heads == family.num_kv_heads
+    config = dataclasses.replace(family, **WIDE, num_kv_heads=6 if own else 3)
+    head = "mlm" if config.kind == "encoder" else "lm"
+    p, sizes = tiny.params(config, head), cut.sizes(config)
+    facts = {"num_kv_heads": config.num_kv_heads, "kv_head_counts": [], "writable": cut.writable(config, head)}
+
+    def kept(part):
+        out = {k: max(1, round(part * sizes[k])) for k in names}
+        for heads in range(out.get("heads", sizes["heads"]), 0, -1) if "heads" in out else (sizes["heads"],):
+            queries = heads * config.num_heads // config.num_kv_heads
+            fit = [n for n in range(1, out["hidden"] + 1) if (n == 8 * queries if own else n % queries == 0)]
+            if fit:
+                return {**out, "hidden": fit[-1], **({"heads": heads} if "heads" in out else {})}
+        return None
+
+    whole = cost.parameters(config, head)
+    found = {}
+    for budget in (0.9, 0.6, 0.4):
+        every = (k for i in range(1000, 0, -1) if (k := kept(i / 1000)))
+        found[budget] = next(
+            (k for k in every if cost.parameters(cut.smaller(config, k), head) <= budget * whole), None
+        )
+        method = registry.build({"name": "shrink", "keep": list(names), "parameters": budget}, facts=facts)
+        if found[budget] is None:
+            with pytest.raises(errors.ConfigError, match="hidden together with heads"):
+                method.init(KEY, p)
+            continue
+        target = {k: int(x) for k, x in masked.targets(method.init(KEY, p).state).items()}
+        assert target == found[budget]
+        cut.check(cut.smaller(config, target), head)
+    assert any(found.values()) == (not own or "heads" in names)
+    spec = {"name": "shrink", "keep": list(names), "parameters": 0.6, "kv_head_counts": None}
+    free, plain = (registry.build(spec, facts=f) for f in (facts, {"num_kv_heads": config.num_kv_heads}))
+    assert masked.targets(free.init(KEY, p).state) == masked.targets(plain.init(KEY, p).state)
+
+
 @pytest.mark.parametrize("importance", shrink.IMPORTANCE)
 def test_a_run_masks_what_it_says_and_moves_no_probe(importance):
     keep = {k: v for k, v in KEEP.items() if k != "depth" or importance != "activation"}
@@ -222,6 +296,61 @@ def test_magnitude_is_of_the_weights_after_the_step():
     _, state = trains.run(spec, steps=1)
     expected = units.squares(paths.replace(tiny.params(), state.train["0:full"]), "mlp", 24)
     np.testing.assert_allclose(state.state["1:shrink"]["importance"]["mlp"], expected, rtol=1e-5)
+
+
+BEHIND = {
+    "prompt": {"name": "prompt_tuning", "length": 2},
+    "gated": {"name": "gated", "method": {"name": "pfeiffer", "width": 2}},
+    "parallel": {"name": "parallel_adapter", "width": 4},
+}
+"""What leaves behind it an operator that has no kernel, or one of another shape."""
+
+
+@pytest.mark.parametrize("first", BEHIND.values(), ids=BEHIND)
+def test_units_behind_an_operator_without_a_kernel_are_those_of_the_model(first):
+    """At the start these methods change no kernel, so magnitudes are those of the model itself."""
+    p, keep = tiny.params(), {"heads": 0.5, "mlp": 0.5, "depth": 0.67, "hidden": 0.75}
+    for last in ({"name": "shrink", "keep": keep, "importance": "magnitude", "schedule": "one_shot"},
+                 {"name": "supernet", "keep": keep, "size": 4}):  # fmt: skip
+        method = registry.build([first, last], facts={"num_kv_heads": 2})
+        base, start = begun(method, p)
+        grads = jax.tree.map(jnp.zeros_like, start.train)
+        ctx = Context(params=functools.partial(method.bind, base, start.train, start.state, Context()))
+        state = method.update(start.train, start.state, grads, ctx)
+        for name, found in masked.scores(state).items():
+            np.testing.assert_allclose(found, units.squares(p, name, found.shape[1]), rtol=1e-5)
+        bound = method.bind(base, start.train, state, Context())
+        kept = {k: int(m.sum(1)[0]) for k, m in cut.masks(bound, tiny.LLAMA).items()}
+        assert kept == {"heads": 1, "mlp": 12, "depth": 2, "hidden": 12}
+        plain = masked.put(p, {k: jnp.asarray(m, jnp.float32) for k, m in cut.masks(bound, tiny.LLAMA).items()})
+        np.testing.assert_allclose(tiny.outputs(tiny.model(), bound), tiny.outputs(tiny.model(), plain), atol=1e-5)
+
+
+def test_activations_beside_a_parallel_adapter_and_its_parameters():
+    """Its entries are no units of the MLP, nor parameters of the model that is cut."""
+    losses, state = trains.run([BEHIND["parallel"], {"name": "shrink", "importance": "activation", "every": 1}])
+    assert np.all(np.isfinite(losses))
+    assert state.state["1:shrink"]["importance"]["mlp"].shape == (3, 24)
+    assert all(np.abs(x).max() > 0 for x in jax.tree.leaves(state.state["1:shrink"]["importance"]))
+    p = tiny.params()
+    wide = registry.build(BEHIND["parallel"])
+    base, start = begun(wide, p)
+    bound = wide.bind(base, start.train, start.state, Context())
+    assert units.sizes(bound, 2) == units.sizes(p, 2)
+    assert units.parameters(bound, {"mlp": 7}, units.sizes(p)) == units.parameters(p, {"mlp": 7}, units.sizes(p))
+
+
+def test_an_operator_around_nothing_has_no_magnitude():
+    @tiny.operators.operator
+    class Alone:
+        w: jax.Array
+        dense = tiny.Squared.dense
+        shape = property(lambda self: self.w.shape)
+
+    up = "layers/0/mlp/up/kernel"
+    bound = paths.replace(tiny.params(), {up: Alone(paths.get(tiny.params(), up))})
+    with pytest.raises(errors.ConfigError, match=f"{up}: Alone stands there.*no magnitude"):
+        units.squares(bound, "mlp", 24)
 
 
 def test_probes_weigh_nothing_in_the_norm_that_clips():

@@ -172,3 +172,12 @@ def test_what_cannot_be_cut():
     with pytest.raises(Exception, match="not a multiple"):
         transformers.LlamaConfig(hidden_size=32, num_attention_heads=3)
     assert cut.head_counts(dataclasses.replace(config, num_kv_heads=4), head) == (1, 2, 4)
+    for family in ("gpt2", "bert"):
+        config, head, _ = opened(family)
+        uneven = dataclasses.replace(config, num_heads=3, num_kv_heads=3, embed_dim=3 * config.head_dim + 1)
+        with pytest.raises(errors.ConfigError, match="of 3 heads"):
+            cut.check(uneven, head)
+    with pytest.raises(ValueError, match="must be divisible"):
+        transformers.GPT2Model(transformers.GPT2Config(vocab_size=8, n_embd=25, n_head=3, n_layer=1))
+    with pytest.raises(ValueError, match="not a multiple"):
+        transformers.BertModel(transformers.BertConfig(vocab_size=8, hidden_size=25, num_attention_heads=3))

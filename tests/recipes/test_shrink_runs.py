@@ -55,6 +55,7 @@ def test_the_cut_model_is_what_the_run_says(world, tmp_path, capsys):
     out = tmp_path / "small"
     assert cli.main(["shrink", str(world / "run"), str(out), "--batch", "2", "--length", "8"]) == 0
     said = capsys.readouterr().out
+    assert "warning" not in said
     tuned = artefact.open_run(str(world / "run"))
     tokens = np.random.default_rng(0).integers(0, 20, (2, 8)).astype(np.int32)
     model, params = tuned.parts.model, tuned.params
@@ -287,6 +288,25 @@ def test_what_is_to_be_fast(world, monkeypatch, capsys):
     assert "with 0.25 of each dimension it is 0.325" in capsys.readouterr().err
 
 
+def test_masks_that_never_come_down(world, tmp_path, capsys):
+    """Told before the run, and where an older state is cut; what is told has an end that is out of reach."""
+    command = [str(world / "my.yaml"), "method=[full, {name: shrink, begin: 2, steps: 5, every: 1}]", *QUICK]
+    new = [f"output_dir={tmp_path / 'new'}", "data.eval_path=null"]
+    said = "the run has 6 steps, and shrink ends at update 7"
+    assert cli.main(["shrink", command[0], str(tmp_path / "none"), *command[1:], *new]) == 2
+    assert said in capsys.readouterr().err
+    epochs = ["train.max_steps=null", "train.num_train_epochs=6"]
+    assert cli.main(["shrink", command[0], str(tmp_path / "none"), *command[1:], *new, *epochs]) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+    assert cli.main(["train", *command, *new]) == 0
+    assert f"warning: {said}" in capsys.readouterr().out
+    assert cli.main(["shrink", str(tmp_path / "new"), str(tmp_path / "cut"), "--batch", "1", "--length", "4"]) == 0
+    kept = json.loads((tmp_path / "cut" / "shrink.json").read_text())["kept"]["mlp"]
+    assert f"warning: mlp: {kept} are kept, and the target is 12" in capsys.readouterr().out
+    assert kept == "13 of 24"  # 12 + ceil(12 (1 - 4/5)^3)
+
+
 def test_what_cannot_be_shrunk(world, tmp_path, capsys):
     assert cli.main(["shrink", str(world / "run"), str(world / "model")]) == 2
     assert "is not an empty folder" in capsys.readouterr().err
@@ -296,7 +316,19 @@ def test_what_cannot_be_shrunk(world, tmp_path, capsys):
     assert "masks nothing: its method is lora" in capsys.readouterr().err
     assert cli.main(["shrink", str(world / "my.yaml"), str(tmp_path / "none"), f"output_dir={tmp_path / 'new'}"]) == 2
     assert "masks nothing: its method is lora" in capsys.readouterr().err
-    assert not (tmp_path / "new").exists()
+    full = "method=[full, {name: supernet, keep: {heads: 0.5}}]"
+    for changes, says in (
+        (["method=[full, {name: shrink, keep: {hidden: 0.8}}]"], "embed_dim (13) is no multiple"),
+        (["method=[{name: houlsby, width: 2}, {name: shrink}]"], "no plain kernel"),
+        (["method=[full, {name: shrink}, {name: lora, targets: mlp/down/kernel}]"], "stands above the mask"),
+        (["method=[full, {name: shrink}]", "--flops", "0.9"], "offers no sizes to choose from"),
+        ([full, "--flops", "0.1"], "the smallest mixture leaves 0."),
+        ([full, "--flops", "0.9", "data.eval_path=null"], "no rows to search by"),
+    ):
+        command = ["shrink", str(world / "my.yaml"), str(tmp_path / "none"), f"output_dir={tmp_path / 'new'}"]
+        assert cli.main([*command, *changes]) == 2
+        assert says in capsys.readouterr().err
+        assert not (tmp_path / "new").exists()
     assert cli.main(["shrink", str(world / "run"), str(tmp_path / "none"), "--flops", "0.5"]) == 2
     assert "offers no sizes to choose from" in capsys.readouterr().err
     other = tmp_path / "other.yaml"

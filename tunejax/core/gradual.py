@@ -34,6 +34,11 @@ class Plan(NamedTuple):
         since = updates - self.begin
         return (since > 0) & (since <= steps) & ((since % every == 0) | (since == steps))
 
+    @property
+    def ends(self) -> int:
+        """The update at which the last masks are made."""
+        return self.begin + (1 if self.schedule == "one_shot" else self.steps)
+
     def left(self, updates: Any, dimensions: int = 1) -> list[jax.Array]:
         """`remaining` at this update."""
         return remaining(self.schedule, (updates - self.begin) / self.steps, dimensions, self.stages)
@@ -93,27 +98,57 @@ def counts(keep: Mapping[str, float], sizes: Mapping[str, int], head_counts: Seq
     return wanted
 
 
+Writable = Callable[[Mapping[str, int]], bool]
+"""(units of "heads" and "hidden", where these are cut) -> whether a model's format can say them."""
+
+
+def fitted(
+    part: float,
+    dimensions: Iterable[str],
+    sizes: Mapping[str, int],
+    head_counts: Sequence[int] | None,
+    writable: Writable | None,
+) -> dict[str, int] | None:
+    """`counts` of the same part of each dimension; where the format cannot say them, fewer.
+
+    Heads by themselves are as `fitting` has them. With hidden entries, which depend on them, the most heads are taken
+    for which there are entries enough, and of the entries the most that go with them; None where there are none.
+    """
+    wanted = _rounded(dict.fromkeys(dimensions, part), sizes)
+    if writable is None or "hidden" not in wanted:
+        return _allowed(wanted, head_counts)
+    for heads in range(wanted.get("heads", 1), 0, -1):
+        own = {"heads": heads} if "heads" in wanted else {}
+        for hidden in range(wanted["hidden"], 0, -1):
+            if writable({**own, "hidden": hidden}):
+                return {**wanted, **own, "hidden": hidden}
+    return None
+
+
 def greatest_counts(
     dimensions: Iterable[str],
     sizes: Mapping[str, int],
     head_counts: Sequence[int] | None,
     left: Callable[[Mapping[str, int]], float],
     most: float,
+    writable: Writable | None = None,
 ) -> dict[str, int]:
-    """`counts` of the greatest part, the same of each dimension, of which ``left`` says at most ``most``.
+    """`fitted` of the greatest part of which ``left`` says at most ``most``.
 
     Raises:
-      ConfigError: one unit each is too many.
+      ConfigError: the fewest units are too many.
     """
     found = math.inf
     for thousandths in range(1000, -1, -1):
-        wanted = _allowed(_rounded(dict.fromkeys(dimensions, thousandths / 1000), sizes), head_counts)
+        wanted = fitted(thousandths / 1000, dimensions, sizes, head_counts, writable)
+        if wanted is None:  # nor is there anything smaller
+            break
         found = left(wanted)
         if found <= most:
             return wanted
     raise errors.ConfigError(
-        f"shrink: a part of {most} is to be left, and with one unit each of {', '.join(dimensions)} {found:.3f} are; "
-        "shrink more dimensions"
+        f"shrink: a part of {most} is to be left, and with as few as can be written of {', '.join(dimensions)} "
+        f"{found:.3f} are; shrink more dimensions, hidden together with heads"
     )
 
 

@@ -24,6 +24,9 @@ SCORES = "importance"
 COUNTS = "counts"
 """Under this name a method keeps in its state how many units each size that it offers keeps: dimension -> [sizes]."""
 
+TARGET = "target"
+"""Under this name a method keeps in its state how many units its masks come down to: dimension -> int scalar."""
+
 
 @operators.operator
 class Masked(operators.Above):
@@ -93,16 +96,13 @@ def put(params: Params, masks: Mapping[str, jax.Array], seen: Mapping[str, jax.A
     out: dict[paths.Path, Any] = {}
     starts = {s.name: s for s in paths.segments(params)}
 
-    def rows(values: jax.Array | None, path: str, layered: bool, width: int) -> jax.Array | None:
-        if values is None:
-            return None
+    def rows(values: jax.Array | None, path: str, layered: bool) -> jax.Array | None:
         segment = starts.get(path.split("/")[1]) if path.startswith("layers/") else None
-        values = units.spread(values, width)
-        if segment is None:
-            return values[0]
+        if values is None or segment is None:
+            return None if values is None else values[0]
         if layered:
             return values[segment.start : segment.start + segment.size]
-        return jnp.broadcast_to(values, (segment.size, width))
+        return jnp.broadcast_to(values, (segment.size, values.shape[1]))
 
     for name, mask in masks.items():
         d = units.DIMENSIONS[name]
@@ -110,12 +110,17 @@ def put(params: Params, masks: Mapping[str, jax.Array], seen: Mapping[str, jax.A
             leaf = out.get(path, leaf)
             for patterns, side, axis in ((d.read, "in", -2), (d.normed, "out", -1)):
                 if leaf is not None and any(paths.matches(p, path) for p in patterns):
-                    made = {f"{side}_{what}": rows(x, path, d.layered, leaf.shape[axis])
-                            for what, x in (("mask", mask), ("seen", seen.get(name)))}  # fmt: skip
-                    out[path] = Masked(leaf, **made)
+                    ends = {"mask": _ends(mask, leaf, axis, 1.0), "seen": _ends(seen.get(name), leaf, axis, 0.0)}
+                    out[path] = Masked(leaf, **{f"{side}_{k}": rows(x, path, d.layered) for k, x in ends.items()})
         if name == "depth":
             out.update(_gates(params, mask[0]))
     return paths.replace(params, out)
+
+
+def _ends(values: jax.Array | None, leaf: Any, axis: int, fill: float) -> jax.Array | None:
+    """Values a unit [rows, units] -> [rows, entries of the leaf's axis]; those that an operator adds get ``fill``."""
+    width = operators.innermost(leaf).shape[axis]
+    return None if values is None else units.spread(values, width, leaf.shape[axis] - width, fill)
 
 
 def taken_off(params: Params) -> Params:
@@ -148,12 +153,17 @@ def counts(state: Any) -> dict[str, Any]:
     return _by_dimension(state, COUNTS)
 
 
+def targets(state: Any) -> dict[str, Any]:
+    """Dimension -> how many units are left at the end, in a row, of a method that masks ever more; else empty."""
+    return _by_dimension(state, TARGET)
+
+
 def _by_dimension(state: Any, name: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if isinstance(state, Mapping):
         for key, value in state.items():
-            inner = value if key == name and set(value) <= set(units.DIMENSIONS) else _by_dimension(value, name)
-            found.update(inner)
+            own = key == name and isinstance(value, Mapping) and set(value) <= set(units.DIMENSIONS)
+            found.update(value if own else _by_dimension(value, name))
     return found
 
 

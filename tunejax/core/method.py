@@ -71,6 +71,7 @@ class Method(NamedTuple):
     prompt:  how many virtual tokens every example has: ids vocab_size, vocab_size + 1, ... that whoever makes a batch
              or a prompt puts in front, or where a template has them. `chain` adds them up, the first method's first.
     prefix:  how many positions it takes before the first token within attention alone; the model counts them itself.
+    updates: how many updates its schedule takes to end; 0 where it has none. A run of fewer leaves it on the way.
     """
 
     name: str
@@ -86,6 +87,7 @@ class Method(NamedTuple):
     rates: Callable[[PyTree], PyTree] = equal_rates
     prompt: int = 0
     prefix: int = 0
+    updates: int = 0
 
 
 def learning(tuned: Method, train: PyTree) -> PyTree:
@@ -107,6 +109,7 @@ def method(
     rates: Callable[[PyTree], PyTree] = equal_rates,
     prompt: int = 0,
     prefix: int = 0,
+    updates: int = 0,
 ) -> Method:
     """A `Method` from the two functions that every one has; the others default to keeping, to 0 and to densifying."""
 
@@ -126,6 +129,7 @@ def method(
         rates=rates,
         prompt=prompt,
         prefix=prefix,
+        updates=updates,
     )
 
 
@@ -205,6 +209,7 @@ def chain(*methods: Method) -> Method:
     return Method(
         "+".join(m.name for m in parts), init, bind, update, penalty, merge, axes, cuts, parts,
         prompt=sum(m.prompt for m in parts), prefix=max((m.prefix for m in parts), default=0), rates=rates,
+        updates=max((m.updates for m in parts), default=0),
     )  # fmt: skip
 
 

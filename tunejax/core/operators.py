@@ -107,6 +107,23 @@ def is_array(leaf: Any) -> bool:
     return hasattr(leaf, "shape") and hasattr(leaf, "dtype") and not is_operator(leaf)
 
 
+BENEATH = ("base", "inner", "table")
+"""Fields in which an operator keeps what it was put around."""
+
+
+def beneath(kernel: Any) -> Any:
+    """What an operator was put around; None where it was put around nothing, and of an array."""
+    found = (getattr(kernel, name, None) for name in BENEATH) if is_operator(kernel) else ()
+    return next((x for x in found if x is not None), None)
+
+
+def innermost(kernel: Any) -> Any:
+    """The array, or the operator around nothing, that all operators at a leaf were put around: of the model's shape."""
+    while (below := beneath(kernel)) is not None:
+        kernel = below
+    return kernel
+
+
 def apply(kernel: Any, x: jax.Array, bias: jax.Array | None = None) -> jax.Array:
     """x @ kernel + bias in the type of ``x``; x [..., in], kernel [in, out] or an operator -> [..., out]."""
     if is_operator(kernel):

@@ -82,11 +82,8 @@ def sizes(params: Params, num_kv_heads: int | None = None) -> dict[str, int]:
     """Dimension -> how many units it has in a row. "heads" is left out where ``num_kv_heads`` is not told."""
     last = paths.flatten(next(iter(params["layers"].values())))
     out = {} if num_kv_heads is None else {"heads": num_kv_heads}
-    return out | {
-        "mlp": last["mlp/down/kernel"].shape[-2],
-        "depth": sum(s.size for s in paths.segments(params)),
-        "hidden": last["mlp/down/kernel"].shape[-1],
-    }
+    *_, mlp, hidden = operators.innermost(last["mlp/down/kernel"]).shape
+    return out | {"mlp": mlp, "depth": sum(s.size for s in paths.segments(params)), "hidden": hidden}
 
 
 def rows(params: Params, name: str) -> int:
@@ -101,9 +98,13 @@ def check(names: Any, what: str) -> None:
             raise errors.ConfigError(f"{what}: no dimension {name!r}. {errors.did_you_mean(name, DIMENSIONS)}")
 
 
-def spread(values: jax.Array, width: int) -> jax.Array:
-    """Values a unit [..., units] -> values an entry [..., width], each unit a run of width / units entries."""
-    return jnp.repeat(values, width // values.shape[-1], axis=-1)
+def spread(values: jax.Array, width: int, wider: int = 0, fill: float = 0.0) -> jax.Array:
+    """Values a unit [..., units] -> values an entry [..., width], each unit a run of width / units entries.
+
+    wider: how many entries come after them, which are no unit's and get ``fill``.
+    """
+    out = jnp.repeat(values, width // values.shape[-1], axis=-1)
+    return jnp.pad(out, [(0, 0)] * (out.ndim - 1) + [(0, wider)], constant_values=fill) if wider else out
 
 
 def gathered(values: jax.Array, units: int) -> jax.Array:
@@ -112,13 +113,17 @@ def gathered(values: jax.Array, units: int) -> jax.Array:
 
 
 def squares(params: Params, name: str, units: int) -> jax.Array:
-    """The sum of squares of each unit's parameters, float32 [rows, units]; of an operator, of its kernel."""
+    """The sum of squares of each unit's parameters, float32 [rows, units]; of an operator, of its kernel.
+
+    Raises:
+      ConfigError: an operator that has no kernel, and was put around none.
+    """
     if name == "depth":
         return _layer_squares(params)
     per_segment: dict[str, Any] = {}
     outside: Any = 0.0
     for path, leaf, axis in places(params, name):
-        x = jnp.square(_values(leaf))
+        x = jnp.square(_values(path, leaf))
         front = path.startswith("layers/")
         other = tuple(i for i in range(1 if front else 0, x.ndim) if i != x.ndim + axis)
         found = gathered(x.sum(other), units)
@@ -135,20 +140,25 @@ def _layer_squares(params: Params) -> jax.Array:
     """Of each layer, the squares of the kernels that write to the residual stream: [1, layers]."""
     parts = []
     for s in paths.segments(params):
-        block = params["layers"][s.name]
-        written = (block["attention"]["o"]["kernel"], block["mlp"]["down"]["kernel"])
-        parts.append(sum(jnp.square(_values(k)).sum((-1, -2)) for k in written))
+        written = [f"layers/{s.name}/{kernel}" for kernel in ("attention/o/kernel", "mlp/down/kernel")]
+        parts.append(sum(jnp.square(_values(p, paths.get(params, p))).sum((-1, -2)) for p in written))
     return jnp.concatenate(parts)[None]
 
 
-def _values(leaf: Any) -> jax.Array:
+def _values(path: Path, leaf: Any) -> jax.Array:
     """The kernel that a leaf stands for, in float32; where there is none, that which its operator was put around."""
-    while operators.is_operator(leaf):
+    x = leaf
+    while operators.is_operator(x):
         try:
-            leaf = leaf.dense()
+            x = x.dense()
         except errors.NotLinear:
-            leaf = leaf.base
-    return leaf.astype(jnp.float32)
+            x = operators.beneath(x)
+    if x is None:
+        raise errors.ConfigError(
+            f"{path}: {type(leaf).__name__} stands there, which has no kernel and is around none "
+            f"({', '.join(operators.BENEATH)}), so its units have no magnitude; rank them by taylor or movement"
+        )
+    return x.astype(jnp.float32)
 
 
 def parameters(params: Params, kept: Mapping[str, int], units: Mapping[str, int]) -> int:
@@ -186,7 +196,7 @@ def _left(params: Params, kept: Mapping[str, int], units: Mapping[str, int]) -> 
     for path, leaf in flat.items():
         if leaf is None or (path.startswith("layers/") and not path.startswith(first)):
             continue
-        shape = list(leaf.shape)
+        shape = list(operators.innermost(leaf).shape)
         for axis, name in axes_of(path):
             if name in kept:
                 shape[axis] = shape[axis] // units[name] * kept[name]

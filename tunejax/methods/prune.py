@@ -110,8 +110,9 @@ def prune(
 
     named = (targets,) if isinstance(targets, str) else tuple(targets)
     return methods.method(
-        "prune", init, bind, update=update, cuts=lambda depth: methods.layer_cuts(layers, depth), targets=named
-    )
+        "prune", init, bind, update=update, cuts=lambda depth: methods.layer_cuts(layers, depth), targets=named,
+        updates=plan.ends,
+    )  # fmt: skip
 
 
 def _pattern(text: str | None) -> tuple[int, int]:

@@ -16,7 +16,8 @@ Scores of masked units are measured too, so that they may come back while the sc
 by a probe in ``train`` that is always 0: its learning rate is multiplied by 0.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -29,7 +30,7 @@ from tunejax.core.paths import Params
 
 GATED = "loss_gated"
 IMPORTANCE = ("taylor", "movement", "activation", "magnitude")
-FACTS = ("num_kv_heads", "kv_head_counts")
+FACTS = ("num_kv_heads", "kv_head_counts", "writable")
 """Arguments that follow from the model, where a config builds the method."""
 
 ALIASES = {"begin_step": "begin", "frequency": "every"}
@@ -55,6 +56,7 @@ def shrink(
     beta: float = 0.9,
     num_kv_heads: int | None = None,
     kv_head_counts: list[int] | None = None,
+    writable: Callable[[Mapping[str, int]], bool] | None = None,
 ) -> Method:
     """Masks ever more heads, MLP entries, layers or hidden entries while the methods before it train.
 
@@ -76,7 +78,8 @@ def shrink(
       importance: taylor, movement, activation (no depth) or magnitude.
       beta: of the moving averages.
       num_kv_heads: of the model; a unit of "heads" is one with the query heads that read it.
-      kv_head_counts: how many its format can say; any unless told.
+      kv_head_counts: how many its format can say; any, and any other sizes, unless told.
+      writable: (units of heads and hidden) -> whether it can say them; a budget takes only such.
 
     Raises:
       ConfigError: an argument out of range; from init: a target that the model or its format does not allow.
@@ -97,12 +100,12 @@ def shrink(
 
     def init(key: Any, params: Params) -> Start:
         sizes = units.sizes(params, num_kv_heads)
-        # Where hidden is cut too, heads of the same part may fit: the cut will tell.
+        # Where hidden is cut too, heads of the same part may fit: who cuts will tell.
         target = targets(params, sizes, None if "hidden" in order else kv_head_counts)
         zeros = {name: jnp.zeros((units.rows(params, name), sizes[name])) for name in dimensions}
         state = {
             "updates": jnp.zeros((), jnp.int32),
-            "target": {name: jnp.full((), t, jnp.int32) for name, t in target.items()},
+            masked.TARGET: {name: jnp.full((), t, jnp.int32) for name, t in target.items()},
             "kept": {name: jnp.ones(x.shape, bool) for name, x in zeros.items()},
             masked.SCORES: {name: jnp.zeros_like(x) for name, x in zeros.items()},
         }
@@ -126,8 +129,9 @@ def shrink(
                 return units.parameters(params, kept, sizes)
             return units.flops(params, kept, sizes, length)
 
-        whole, most = cost({}), parameters if flops is None else flops
-        return gradual.greatest_counts(order, sizes, allowed, lambda kept: cost(kept) / whole, float(most or 1))
+        whole, most = cost({}), float((parameters if flops is None else flops) or 1)
+        asked = None if kv_head_counts is None else writable
+        return gradual.greatest_counts(order, sizes, allowed, lambda kept: cost(kept) / whole, most, asked)
 
     def bind(params: Params, train: Any, state: Any, ctx: Context) -> Params:
         masks = {name: kept.astype(jnp.float32) for name, kept in state["kept"].items()}
@@ -149,11 +153,15 @@ def shrink(
             scores = {name: _gathered(importance, beta, state[masked.SCORES][name], g) for name, g in slopes.items()}
         kept = {}
         for name, old in state["kept"].items():
-            count = gradual.count(old.shape[1], state["target"][name], left[order[name]])
+            count = gradual.count(old.shape[1], state[masked.TARGET][name], left[order[name]])
             kept[name] = jnp.where(moves, gradual.greatest(scores[name], count), old)
             if gate:
                 kept[name] = jnp.where(gate["waited"] >= patience, gate["good"][name], kept[name])
-        new = {"updates": updates, "target": state["target"], "kept": kept, masked.SCORES: scores}
+        target = state[masked.TARGET]
+        if gate:  # where the gate has closed, what the loss allowed is the end
+            closed = gate["waited"] >= patience
+            target = {name: jnp.where(closed, kept[name][0].sum(), n) for name, n in target.items()}
+        new = {"updates": updates, masked.TARGET: target, "kept": kept, masked.SCORES: scores}
         return {**new, "gate": gate} if gate else new
 
     def gated(plan: gradual.Plan, state: Any, updates: Any, loss: Any) -> tuple[Any, list[Any], dict[str, Any]]:
@@ -174,7 +182,9 @@ def shrink(
     def no_rates(train: Any) -> Any:
         return jax.tree.map(lambda x: 0.0, train)
 
-    return methods.method("shrink", init, bind, update=update, rates=no_rates)
+    # The gate asks at every ``every``-th update alone.
+    ends = begin + math.ceil(steps / every) * every if schedule == GATED else plan.ends
+    return methods.method("shrink", init, bind, update=update, rates=no_rates, updates=ends)
 
 
 def _gathered(importance: str, beta: float, old: jax.Array, slope: jax.Array) -> jax.Array:

@@ -1,7 +1,8 @@
 """The physical cut: masked parameters become a smaller model, the same function, in a shape that a config can say."""
 
 import dataclasses
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -30,24 +31,11 @@ def masks(bound: Params, config: ModelConfig) -> dict[str, np.ndarray]:
     """The masks that stand in bound parameters (`core.masked.put`), one for each dimension that is masked.
 
     Raises:
-      ConfigError: another method wraps a masked kernel from outside, so that what is masked still counts; or one stands
-        where a branch joins the residual, which no smaller model can have.
+      ConfigError: as `check_places`.
     """
+    check_places(bound)
     out: dict[str, np.ndarray] = {}
     flat = paths.flatten(bound)
-    for path, leaf in flat.items():
-        if leaf is not None and paths.matches(JOIN, path):
-            raise errors.ConfigError(
-                f"{path}: a method acts where this branch joins the residual, and no checkpoint has anything there. "
-                "Cut without it, and train it on the smaller model"
-            )
-        inner = leaf
-        while isinstance(inner, masked.Masked):
-            inner = inner.base
-        while operators.is_operator(inner):
-            if isinstance(inner, masked.Masked):
-                raise errors.ConfigError(f"{path}: another method stands above the mask; name the one that masks last")
-            inner = getattr(inner, "base", None)
     for name, count in sizes(config).items():
         d = units.DIMENSIONS[name]
         if name == "depth":
@@ -65,6 +53,28 @@ def masks(bound: Params, config: ModelConfig) -> dict[str, np.ndarray]:
     return out
 
 
+def check_places(bound: Params) -> None:
+    """Whether all masks stand where a cut can follow them; bound parameters may be shapes.
+
+    Raises:
+      ConfigError: another method wraps a masked kernel from outside, so that what is masked still counts; or one stands
+        where a branch joins the residual, which no smaller model can have.
+    """
+    for path, leaf in paths.flatten(bound).items():
+        if leaf is not None and paths.matches(JOIN, path):
+            raise errors.ConfigError(
+                f"{path}: a method acts where this branch joins the residual, and no checkpoint has anything there. "
+                "Cut without it, and train it on the smaller model"
+            )
+        inner = leaf
+        while isinstance(inner, masked.Masked):
+            inner = inner.base
+        while operators.is_operator(inner):
+            if isinstance(inner, masked.Masked):
+                raise errors.ConfigError(f"{path}: another method stands above the mask; name the one that masks last")
+            inner = operators.beneath(inner)
+
+
 def _mask(leaf: Any, d: units.Dimension) -> np.ndarray | None:
     """The mask [layers, width] of a stacked leaf, or None."""
     out = None
@@ -73,7 +83,8 @@ def _mask(leaf: Any, d: units.Dimension) -> np.ndarray | None:
         if own is not None:
             out = np.asarray(own) > 0 if out is None else out & (np.asarray(own) > 0)
         leaf = leaf.base
-    return out
+    width = operators.innermost(leaf).shape[-1 if d.normed else -2]
+    return None if out is None else out[..., :width]  # an operator may have made the kernel wider
 
 
 def bare(bound: Params) -> Params:
@@ -170,10 +181,13 @@ def check(config: ModelConfig, head: str) -> None:
     wanted = {f: getattr(config, f) for f in ("num_heads", "num_kv_heads", "head_dim", "mlp_dim", "embed_dim")}
     family = registry.get(config.family)
     try:
-        read = family.read_config(family.write_config(config, head))
+        written = family.write_config(config, head)
+        read = family.read_config(written)
     except errors.CheckpointError as e:
         raise errors.ConfigError(f"a {config.family} of {config.num_heads} heads cannot be saved: {e}") from None
     wrong = [f"{k} {v} (it would be read as {getattr(read, k)})" for k, v in wanted.items() if getattr(read, k) != v]
+    if "head_dim" not in written and config.embed_dim % config.num_heads:
+        wrong.append(f"embed_dim {config.embed_dim} of {config.num_heads} heads (transformers wants a multiple)")
     if wrong:
         raise errors.ConfigError(
             f"config.json of a {config.family} cannot say {', '.join(wrong)}: there a head is as wide as embed_dim / "
@@ -181,14 +195,29 @@ def check(config: ModelConfig, head: str) -> None:
         )
 
 
+def fits(config: ModelConfig, head: str, kept: Mapping[str, int]) -> bool:
+    """Whether `check` lets pass what keeps so many units, the other sizes as they are."""
+    try:
+        check(smaller(config, kept), head)
+    except errors.ConfigError:
+        return False
+    return True
+
+
 def head_counts(config: ModelConfig, head: str) -> tuple[int, ...]:
     """How many key/value heads of this width the family's config.json can say, the other sizes as they are."""
+    return tuple(k for k in range(1, config.num_kv_heads + 1) if fits(config, head, {"heads": k}))
 
-    def fits(count: int) -> bool:
-        try:
-            check(smaller(config, {"heads": count}), head)
-        except errors.ConfigError:
-            return False
-        return True
 
-    return tuple(k for k in range(1, config.num_kv_heads + 1) if fits(k))
+@functools.cache
+def writable(config: ModelConfig, head: str) -> Callable[[Mapping[str, int]], bool]:
+    """`fits` of a model, that remembers: a search for a budget asks of the same heads and hidden entries often."""
+    known: dict[tuple[tuple[str, int], ...], bool] = {}
+
+    def ask(kept: Mapping[str, int]) -> bool:
+        key = tuple(sorted(kept.items()))
+        if key not in known:
+            known[key] = fits(config, head, kept)
+        return known[key]
+
+    return ask

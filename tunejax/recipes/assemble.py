@@ -93,9 +93,11 @@ def opened(config: schema.Config, method: Method | None = None) -> Opened:
         )
     shape = model_shape(config, with_layers(config, found), None)
     if method is None:
+        head = config.model.head or "lm"
         facts = {
             "num_kv_heads": shape.num_kv_heads,
-            "kv_head_counts": list(cut.head_counts(shape, config.model.head or "lm")),
+            "kv_head_counts": list(cut.head_counts(shape, head)),
+            "writable": cut.writable(shape, head),
         }
         method = registry.build(config.method, lambda text: list(tokenizer(text)["input_ids"]), adapter.trained, facts)
         virtual.check(config.data.template, method.prompt, method.name)

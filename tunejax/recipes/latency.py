@@ -68,16 +68,17 @@ def _measured(config: schema.Config, spec: dict[str, Any]) -> dict[str, Any]:
     sizes, dimensions = cut.sizes(shape), _dimensions(spec)
     counts = spec.get("kv_head_counts", list(cut.head_counts(shape, head)))
     allowed = None if "hidden" in dimensions else counts
+    writable = None if counts is None else cut.writable(shape, head)
 
     def kept(part: float) -> dict[str, int]:
-        wanted = {name: max(1, round(part * sizes[name])) for name in dimensions}
-        return {k: gradual.fitting(c, allowed) if k == "heads" else c for k, c in wanted.items()}
+        return gradual.fitted(part, dimensions, sizes, allowed, writable) or {}
 
     length = min(spec.get("length", LENGTH), shape.max_positions)
-    times = milliseconds([cut.smaller(shape, kept(p)) for p in PARTS], head, dtype, length)
-    part = largest(PARTS, [t / times[0] for t in times], spec["latency"])
+    parts = [p for p in PARTS if kept(p)]  # of small models a quarter may be less than the format can say
+    times = milliseconds([cut.smaller(shape, kept(p)) for p in parts], head, dtype, length)
+    part = largest(parts, [t / times[0] for t in times], spec["latency"])
     keep = {name: count / sizes[name] for name, count in kept(part).items()}
-    print(f"latency of {', '.join(f'{p:g}: {t:.3f} ms' for p, t in zip(PARTS, times, strict=True))}; keep: {keep}")
+    print(f"latency of {', '.join(f'{p:g}: {t:.3f} ms' for p, t in zip(parts, times, strict=True))}; keep: {keep}")
     return {**spec, "keep": keep}
 
 

@@ -23,7 +23,7 @@ from tunejax.core import errors, gradual, masked, paths, units
 from tunejax.core import method as methods
 from tunejax.models import cut
 from tunejax.models.config import ModelConfig
-from tunejax.recipes import artefact, folder
+from tunejax.recipes import artefact, assemble, folder
 from tunejax.recipes import evaluate as evaluation
 
 TRIED = "search.jsonl"
@@ -57,9 +57,18 @@ class Space:
         # Sizes that keep equally many units of a dimension are one; the first stands for them.
         apart = [sorted({c: x.index(c) for c in x}.values()) for x in self.counts.values()]
         for choice in itertools.product(*apart):
-            if _can_be_said(config, head, self.kept(choice)):
+            if cut.fits(config, head, self.kept(choice)):
                 left[choice] = self._cost(params, asked, self.kept(choice)) / whole
         self.left: dict[Choice, float] = left
+
+    def within(self, asked: Asked) -> list[Choice]:
+        """Those that leave no more than is asked for. Raises ConfigError where there are none."""
+        found = [c for c, left in self.left.items() if left <= asked.most]
+        if not found:
+            raise errors.ConfigError(
+                f"--{asked.by} {asked.most}: the smallest mixture leaves {min(self.left.values(), default=1.0):.3f}"
+            )
+        return found
 
     def kept(self, choice: Choice) -> dict[str, int]:
         """Units of each dimension."""
@@ -82,30 +91,16 @@ class Space:
         return units.parameters(params, kept, self._sizes)
 
 
-def _can_be_said(config: ModelConfig, head: str, kept: dict[str, int]) -> bool:
-    try:
-        cut.check(cut.smaller(config, kept), head)
-    except errors.ConfigError:
-        return False
-    return True
-
-
 def run(tuned: artefact.Tuned, name: str, asked: Asked) -> tuple[paths.Params, dict[str, Any]]:
     """(parameters with the masks of the best mixture, what the search found) for a finished supernet.
 
     name: the run folder, where what was tried is kept.
 
     Raises:
-      ConfigError: no supernet, no rows to evaluate on, no mixture within the budget, or a score that is not measured.
+      ConfigError: as `opened`, or a score that is not measured.
     """
-    parts, counts, scores = tuned.parts, masked.counts(tuned.state), masked.scores(tuned.state)
-    if not counts:
-        raise errors.ConfigError(
-            f"{name} offers no sizes to choose from: its method is {parts.method.name}; --parameters and --flops are "
-            "for a supernet"
-        )
-    bare = masked.taken_off(tuned.params)
-    space = Space(counts, bare, parts.model_config, parts.config.model.head or "lm", asked)
+    scores, bare = masked.scores(tuned.state), masked.taken_off(tuned.params)
+    space = opened(tuned.parts, name, masked.counts(tuned.state), bare, asked)
     tried = Tried(Path(name) / TRIED, tuned, asked, judge(tuned, bare, scores, asked))
     found = search(space, tried, asked)
     best = chosen(space, found, asked)
@@ -121,6 +116,28 @@ def run(tuned: artefact.Tuned, name: str, asked: Asked) -> tuple[paths.Params, d
         "points": [[space.left[c], q] for c, q in found.items()],
         "front": [{"sizes": json.loads(p.label), "left": p.cost, "quality": p.quality} for p in front],
     }
+
+
+def opened(parts: assemble.Parts, name: str, counts: Mapping[str, Any], params: paths.Params, asked: Asked) -> Space:
+    """What is searched for a run, ``name``.
+
+    Args:
+      counts: `core.masked.counts` of its state.
+      params: of its model, without masks; may be shapes.
+
+    Raises:
+      ConfigError: no supernet, no rows to evaluate on, or no mixture within the budget.
+    """
+    if not counts:
+        raise errors.ConfigError(
+            f"{name} offers no sizes to choose from: its method is {parts.method.name}; --parameters and --flops are "
+            "for a supernet"
+        )
+    if not parts.config.data.eval_path:
+        raise errors.ConfigError("no rows to search by: set data.eval_path")
+    space = Space(counts, params, parts.model_config, parts.config.model.head or "lm", asked)
+    space.within(asked)
+    return space
 
 
 def masks(scores: Mapping[str, Any], kept: Mapping[str, int]) -> dict[str, jax.Array]:
@@ -139,11 +156,7 @@ def search(
       ConfigError: none is within the budget.
     """
     rng = random.Random(asked.seed)
-    within = [c for c, left in space.left.items() if left <= asked.most]
-    if not within:
-        raise errors.ConfigError(
-            f"--{asked.by} {asked.most}: the smallest mixture leaves {min(space.left.values(), default=1.0):.3f}"
-        )
+    within = space.within(asked)
     found: dict[Choice, float] = {}
 
     def look(choice: Choice) -> None:
@@ -222,8 +235,6 @@ def judge(
     """(kept units) -> scores on data.eval_path. One program serves all mixtures: the masks are its arguments."""
     parts = tuned.parts
     config = parts.config
-    if not config.data.eval_path:
-        raise errors.ConfigError("no rows to search by: set data.eval_path")
     says = {"exact_match": asked.metric == "exact_match"}
     quiet = config.generation.model_copy(update={"num_samples": 0, "prompts": []})
     config = config.model_copy(update={"generation": quiet, "evaluation": config.evaluation.model_copy(update=says)})

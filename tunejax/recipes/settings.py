@@ -8,6 +8,7 @@ import jax
 
 from tunejax.config import schema
 from tunejax.core import errors
+from tunejax.core.method import Method
 from tunejax.train import loop, schedule, sharding
 from tunejax.train import optimizer as optimizers
 
@@ -42,6 +43,17 @@ def total_steps(config: schema.Config, steps_of: Callable[[float], int]) -> int:
     if config.train.max_steps is not None:
         return config.train.max_steps
     return max(1, steps_of(config.train.num_train_epochs or DEFAULT_EPOCHS))
+
+
+def cut_short(method: Method, total: int) -> str | None:
+    """What is to be said where a run of ``total`` steps ends before the schedule of its method; None where not."""
+    late = {m.name: m.updates for m in method.parts or (method,) if m.updates > total}
+    if not late:
+        return None
+    ends = ", ".join(f"{name} ends at update {updates}" for name, updates in late.items())
+    return (
+        f"the run has {total} steps, and {ends} (begin + steps): its target is not reached; train longer or set fewer"
+    )
 
 
 def optimizer(config: schema.Config, total_steps: int, learning_rate: Any = None) -> optimizers.Optimizer:

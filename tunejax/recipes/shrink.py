@@ -20,7 +20,19 @@ from tunejax.core import errors, masked, method
 from tunejax.core.model import key_shape
 from tunejax.interop import hf
 from tunejax.models import cut
-from tunejax.recipes import artefact, assemble, before_after, folder, latency, outcome, runtime, search, train
+from tunejax.recipes import (
+    artefact,
+    assemble,
+    before_after,
+    folder,
+    latency,
+    outcome,
+    rows,
+    runtime,
+    search,
+    settings,
+    train,
+)
 
 RECORD = "shrink.json"
 SEARCHED = ("parameters", "flops", "metric", "evaluations", "seed")
@@ -34,14 +46,13 @@ def main(args: argparse.Namespace) -> int:
       ConfigError: the output folder holds something else, the run masks nothing, or the family cannot say the sizes.
       NotLinear: an operator has no plain kernel.
     """
-    output, code = Path(args.output), 0
-    asked_for(args)
+    output, code, wanted = Path(args.output), 0, asked_for(args)
     if Path(args.run).is_file():
         config = load.load(args.run, args.overrides)
         args.run, args.overrides = config.output_dir, []
         written(output, command(args))
         config = latency.resolved(config)
-        check(config)
+        check(config, wanted)
         summary = train.run(config)
         if outcome.was_stopped(summary):
             return 0
@@ -55,6 +66,8 @@ def main(args: argparse.Namespace) -> int:
     if found["search"] is not None:
         print(search.table(found["search"]) + "\n")
     print(before_after.table(found))
+    for line in found.get("warnings", []):
+        print(f"warning: {line}")
     print(f"logits differ from the masked model's by at most {found['difference']:.1e}")
     print(f"{output}: {found['name']} shrunk by {found['method']}")
     return code
@@ -104,21 +117,65 @@ def written(output: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
     return found
 
 
-def check(config: schema.Config) -> None:
-    """Raises ConfigError where the run of a config would leave nothing to cut; no weights are read."""
+def check(config: schema.Config, wanted: search.Asked | None = None) -> None:
+    """What can be told before the run of a config, from shapes alone: no weights are read.
+
+    wanted: what is to be searched for afterwards.
+
+    Raises:
+      ConfigError: the run would leave nothing to cut, sizes that the family cannot say, or nothing to search among; or
+        it ends before its masks.
+      NotLinear: an operator has no plain kernel.
+    """
     if config.many:
         raise errors.ConfigError("many: tunejax shrink cuts one run; train them, then name a member's folder")
     runtime.begin()
     parts = assemble.parts(config, assemble.opened(config))
 
-    def bound(key: Any) -> Any:
+    def begun(key: Any) -> tuple[Any, Any]:
         params = parts.model.init(key)
         start = parts.method.init(key, params)
         base = method.apply_edits(params, start.edits)
-        return parts.method.bind(base, start.train, start.state, method.Context())
+        return parts.method.bind(base, start.train, start.state, method.Context()), start.state
 
-    if not masked.any_stands(jax.eval_shape(bound, key_shape())):
+    bound, _ = jax.eval_shape(begun, key_shape())
+    cut.check_places(bound)
+    if not masked.any_stands(bound):
         raise errors.ConfigError(nothing(config.output_dir, parts))
+    jax.eval_shape(cut.bare, bound)
+    # Numbers of units depend on no parameter, so the compiler leaves out all else.
+    targets, counts = jax.jit(lambda key: [f(begun(key)[1]) for f in (masked.targets, masked.counts)])(
+        jax.random.key(0)
+    )
+    left = cut.smaller(parts.model_config, {name: int(n) for name, n in targets.items()})
+    cut.check(left, config.model.head or "lm")
+    if wanted is not None:
+        search.opened(parts, config.output_dir, counts, masked.taken_off(bound), wanted)
+    short = settings.cut_short(parts.method, steps(config, parts)) if parts.method.updates else None
+    if short:
+        raise errors.ConfigError(short)
+
+
+def steps(config: schema.Config, parts: assemble.Parts) -> int:
+    """How many the run of a config has; its rows are read only where they decide."""
+
+    def of(epochs: float) -> int:
+        data = rows.read(config, parts.tokenizer, parts.model_config.kind, parts.prompt)
+        loaders = rows.loaders(config, data, settings.batches(config, parts.mesh), parts.tokenizer)
+        return loaders.train.plan.steps(epochs)
+
+    return settings.total_steps(config, of)
+
+
+def on_the_way(masks: cut.Masks, state: Any) -> list[str]:
+    """One line for each dimension whose masks keep more than they were to come down to."""
+    told = {name: (int(masks[name][0].sum()), int(n)) for name, n in masked.targets(state).items() if name in masks}
+    return [
+        f"{name}: {kept} of {masks[name].shape[1]} are kept, and the target is {target}: what was cut is from before "
+        "the end of the schedule (begin + steps)"
+        for name, (kept, target) in told.items()
+        if kept > target
+    ]
 
 
 def nothing(run: str, parts: assemble.Parts) -> str:
@@ -159,6 +216,7 @@ def make(args: argparse.Namespace, output: Path, asked: dict[str, Any]) -> dict[
         "difference": float(np.abs(np.asarray(said - expected, np.float32)).max()),
         "quality": before_after.quality(tuned, bound, half),
         "search": found,
+        "warnings": on_the_way(masks, tuned.state),
     }
     if found is not None:
         search.picture(found, half / "pareto.png")

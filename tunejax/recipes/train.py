@@ -175,5 +175,7 @@ def announce(parts: assemble.Parts, counts: table.Table, targets: report.Report,
     if jax.process_index():
         return
     print(f"{parts.name} ({parts.model_config.family}), {parts.method.name}, {total} steps, {data.line()}")
-    for line in [*targets.text().splitlines(), counts.summary(), *(f"warning: {w}" for w in data.warnings())]:
+    short = settings.cut_short(parts.method, total)
+    warnings = [*data.warnings(), *([short] if short else [])]
+    for line in [*targets.text().splitlines(), counts.summary(), *(f"warning: {w}" for w in warnings)]:
         print(f"  {line}")
