@@ -250,7 +250,8 @@ def test_a_budget_takes_sizes_that_can_be_written(family, names):
     whole = cost.parameters(config, head)
     found = {}
     for budget in (0.9, 0.6, 0.4):
-        every = (k for i in range(1000, 0, -1) if (k := kept(i / 1000)))
+        parts = (k for i in range(1000, 0, -1) if (k := kept(i / 1000)))
+        every = map(dict, dict.fromkeys(tuple(k.items()) for k in parts))
         found[budget] = next(
             (k for k in every if cost.parameters(cut.smaller(config, k), head) <= budget * whole), None
         )
