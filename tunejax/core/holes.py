@@ -36,7 +36,5 @@ def kernels(name: str, params: Params, targets: str | list[str]) -> dict[Path, A
     """The kernels that ``targets`` select, to be rewritten. Raises TargetError: what matched is no plain kernel."""
     sites = paths.select(params, targets).leaves
     check_plain(name, sites)
-    for path, kernel in sites.items():
-        if not paths.is_kernel(path, kernel):
-            raise errors.TargetError(paths.no_kernel(name, path, kernel))
+    paths.check_kernels(name, sites)
     return sites

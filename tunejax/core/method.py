@@ -275,9 +275,8 @@ def per_site(
 
     def init(key: Any, params: Params) -> Start:
         sites = paths.select(params, targets, layers=layers).leaves
-        for path, kernel in sites.items():
-            if kernels and not paths.is_kernel(path, kernel):
-                raise errors.TargetError(paths.no_kernel(name, path, kernel))
+        if kernels:
+            paths.check_kernels(name, sites)
         made = {p: _as_site(new(path_key(key, p), kernel)) for p, kernel in sites.items()}
         common = _as_site(shared(path_key(key, SHARED), sites) if shared else {})
         train = {p: s.train for p, s in made.items()} | ({SHARED: common.train} if common.train else {})

@@ -41,23 +41,23 @@ class Operator(Protocol):
 
 
 class Above:
-    """An operator above a kernel, ``base``, of which it has the shape and the type."""
-
-    base: Any
+    """An operator above a kernel (`beneath`), of which it has the shape and the type."""
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of the base."""
-        return self.base.shape
+        """Shape of the kernel."""
+        return beneath(self).shape
 
     @property
     def dtype(self) -> Any:
-        """Type of the base."""
-        return self.base.dtype
+        """Type of the kernel."""
+        return beneath(self).dtype
 
 
 class Added(Above, abc.ABC):
     """base(x) + x delta(). A class that knows a cheaper way than by the whole of `delta` has `parts` of its own."""
+
+    base: Any
 
     @abc.abstractmethod
     def delta(self) -> jax.Array:

@@ -114,10 +114,12 @@ def is_kernel(path: Path, leaf: Leaf) -> bool:
     return path.rpartition("/")[2] == "kernel" and len(leaf.shape) >= 2 + path.startswith("layers/")
 
 
-def no_kernel(name: str, path: Path, leaf: Leaf) -> str:
-    """What a method of that name says of a leaf that is none."""
-    shape = tuple(leaf.shape)[path.startswith("layers/") :]
-    return f"{name} targets {path} of shape {shape}; it needs a kernel, as in mlp/**/kernel"
+def check_kernels(name: str, leaves: Mapping[Path, Leaf]) -> None:
+    """Raises TargetError where a method of that name targets what is no kernel."""
+    for path, leaf in leaves.items():
+        if not is_kernel(path, leaf):
+            shape = tuple(leaf.shape)[path.startswith("layers/") :]
+            raise errors.TargetError(f"{name} targets {path} of shape {shape}; it needs a kernel, as in mlp/**/kernel")
 
 
 class Segment(NamedTuple):

@@ -41,10 +41,6 @@ def _place(tensor: families.Tensor, layer: int) -> Place:
     return Place(module, name, tensor.transpose, tensor.part)
 
 
-TABLE = "embed/table"
-"""Of the tokens' embeddings."""
-
-
 def tied_head(config: ModelConfig, head: str) -> str | None:
     """The module in Hugging Face's model whose weight is the embedding table's, or None."""
     if head == "mlm":

@@ -270,7 +270,7 @@ def _modules(whole: Mapping[str, Any], world: World) -> tuple[dict[str, np.ndarr
                 wanted.append(place.module)
     kept = {k: x for k, x in values.items() if k.rpartition(".")[0] in wanted}
     tied = modules.tied_head(world.config, world.head)
-    if modules.TABLE in whole and tied is not None:  # what PEFT saves whole no longer shares its weights
-        kept[f"{tied}.weight"] = np.asarray(whole[modules.TABLE])
+    if peft_prompts.TABLE in whole and tied is not None:  # what PEFT saves whole no longer shares its weights
+        kept[f"{tied}.weight"] = np.asarray(whole[peft_prompts.TABLE])
         wanted.append(tied)
     return {PREFIX + k: x for k, x in kept.items()}, wanted

@@ -95,7 +95,7 @@ def read(folder: Path, config: ModelConfig, *, head: str) -> Found:
 
 def _prompt(folder: Path, found: dict[str, Any], config: ModelConfig, head: str) -> Found:
     """A folder of virtual tokens or of a prefix, perhaps with modules that trained whole."""
-    tensors = found_lib.tensors(folder / WEIGHTS)
+    tensors = _tensors(folder, config, head)
     spec, sites = peft_prompts.read(found, tensors, folder / WEIGHTS, config)
     specs, arrays = [spec], [sites]
     whole = _placed(folder, {k: x for k, x in tensors.items() if k != peft_prompts.KEY}, config, head)
@@ -115,7 +115,7 @@ def _modules(
     folder: Path, name: str, form: portable.Whole, found: dict[str, Any], config: ModelConfig, head: str
 ) -> Found:
     """A folder of modules that trained whole, those of ``form`` and others."""
-    tensors, slot = found_lib.tensors(folder / WEIGHTS), f".{form.slot}."
+    tensors, slot = _tensors(folder, config, head), f".{form.slot}."
     own = _placed(folder, {k.replace(slot, "."): x for k, x in tensors.items() if slot in k}, config, head)
     rest = _placed(folder, {k: x for k, x in tensors.items() if slot not in k}, config, head)
     parts = [*found_lib.whole_specs(name, own, config), *found_lib.whole_specs("full", rest, config)]
@@ -124,7 +124,6 @@ def _modules(
 
 def _placed(folder: Path, tensors: Mapping[str, np.ndarray], config: ModelConfig, head: str) -> dict[Site, np.ndarray]:
     """Parameters that trained whole. Raises CheckpointError on one that this model does not have."""
-    tensors = _untied(dict(tensors), folder, config, head)
     places = modules.places(config, head)
     plain = {f"{PREFIX}{p.module}.{p.name}": (s, p) for s, p in places.items()}
     strange = [k for k in tensors if k not in plain]
@@ -202,7 +201,7 @@ def _sorted(folder: Path, config: ModelConfig, head: str, form: portable.Form) -
     Raises:
       CheckpointError: tensors that are none of these.
     """
-    tensors = _untied(found_lib.tensors(folder / WEIGHTS), folder, config, head)
+    tensors = _tensors(folder, config, head)
     places = modules.places(config, head)
     plain = {f"{p.module}.{p.name}": (s, p) for s, p in places.items()}
     kernels: dict[str, dict[Site, Place]] = {}
@@ -233,14 +232,15 @@ def _sorted(folder: Path, config: ModelConfig, head: str, form: portable.Form) -
     return adapted, whole, shared
 
 
-def _untied(tensors: dict[str, np.ndarray], folder: Path, config: ModelConfig, head: str) -> dict[str, np.ndarray]:
-    """``tensors`` without a tied head's, which PEFT saves beside the table.
+def _tensors(folder: Path, config: ModelConfig, head: str) -> dict[str, np.ndarray]:
+    """The tensors of a folder, without a tied head's, which PEFT saves beside the table.
 
     Raises:
-      CheckpointError: table and head trained apart: a model that ties them can hold one.
+      CheckpointError: as `found.tensors`; table and head trained apart: a model that ties them can hold one.
     """
+    tensors = found_lib.tensors(folder / WEIGHTS)
     tied = modules.tied_head(config, head)
-    place = modules.places(config, head).get(Site(modules.TABLE, modules.OUTSIDE))
+    place = modules.places(config, head).get(Site(peft_prompts.TABLE, modules.OUTSIDE))
     if tied is None or place is None:
         return tensors
     one, other = tensors.get(f"{PREFIX}{place.module}.{place.name}"), tensors.get(f"{PREFIX}{tied}.weight")

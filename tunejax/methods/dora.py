@@ -34,7 +34,7 @@ PEFT = portable.Form(
 
 
 @operators.operator
-class DoRA:
+class DoRA(operators.Above):
     """inner(x) · m / ‖inner‖, a column at a time.
 
     inner: an operator that stands for [..., in, out]. m: magnitudes [..., out].
@@ -53,16 +53,6 @@ class DoRA:
         """The columns of the inner kernel, at their magnitudes."""
         gain = self.m / column_norms(self.inner)
         return (operators.dense(self.inner).astype(jnp.float32) * gain[..., None, :]).astype(self.dtype)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the kernel."""
-        return self.inner.shape
-
-    @property
-    def dtype(self) -> Any:
-        """Type of the kernel."""
-        return self.inner.dtype
 
 
 def column_norms(kernel: Any) -> jax.Array:

@@ -25,7 +25,7 @@ ADAPTERHUB = portable.NoForm("its gates are means over all tokens of a row, and 
 
 
 @operators.operator
-class Gated:
+class Gated(operators.Above):
     """h + σ(r · gate + gate_bias) · change for (h, change) = inner.parts(x, bias), and r = x or h.
 
     inner: an operator with ``parts``. gate [..., in] or [..., out]; gate_bias [...].
@@ -46,16 +46,6 @@ class Gated:
     def dense(self) -> jax.Array:
         """Raises NotLinear: the gate depends on the input."""
         raise errors.NotLinear("a gate that reads its input is no kernel; serve it unmerged")
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the kernel that stood there."""
-        return self.inner.shape
-
-    @property
-    def dtype(self) -> Any:
-        """Type of the kernel that stood there."""
-        return self.inner.dtype
 
 
 def gated(method: Method, reads: str = "input") -> Method:

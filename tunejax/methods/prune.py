@@ -78,9 +78,8 @@ def prune(
 
     def init(key: Any, params: Params) -> Start:
         kernels = paths.select(params, targets, layers=layers).leaves
+        paths.check_kernels("prune", kernels)
         for path, kernel in kernels.items():
-            if not paths.is_kernel(path, kernel):
-                raise errors.TargetError(paths.no_kernel("prune", path, kernel))
             if kernel.shape[-2] % m:
                 raise errors.ConfigError(
                     f"prune: pattern {pattern!r} does not divide the input of {path}, {kernel.shape[-2]}"

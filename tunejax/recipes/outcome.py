@@ -10,7 +10,7 @@ from tunejax import plots
 from tunejax.config import schema
 from tunejax.core import digest, errors, paths, table
 from tunejax.objectives import features
-from tunejax.recipes import adapter, assemble, folder, runtime, samples
+from tunejax.recipes import adapter, artefact, assemble, folder, runtime, samples
 from tunejax.train import loop, state
 
 
@@ -71,8 +71,7 @@ def check_untouched(kept: Kept) -> None:
     """The base is bit-identical to what was loaded, but for the method's edits. Raises TunejaxError where it is not."""
     same = {p: x for p, x in paths.flatten(kept.base).items() if p not in kept.edits}
     # Of a segment that trains whole nothing may be left to count its layers by.
-    cuts = kept.tuned.method.cuts(kept.tuned.model_config.num_layers)
-    after = digest.leaf_digests(paths.unflatten(same), paths.starts(cuts))
+    after = digest.leaf_digests(paths.unflatten(same), paths.starts(artefact.cuts(kept.tuned)))
     changed = [p for p, d in after.items() if kept.prints.get(p) != d]
     if changed:
         raise errors.TunejaxError(f"the base changed during the run, which must not be: {', '.join(changed[:5])}")

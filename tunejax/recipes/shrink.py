@@ -143,10 +143,13 @@ def check(config: schema.Config, wanted: search.Asked | None = None) -> None:
     if not masked.any_stands(bound):
         raise errors.ConfigError(nothing(config.output_dir, parts))
     jax.eval_shape(cut.bare, bound)
+
+    def numbers(key: Any) -> tuple[Any, Any]:
+        state = begun(key)[1]
+        return masked.targets(state), masked.counts(state)
+
     # Numbers of units depend on no parameter, so the compiler leaves out all else.
-    targets, counts = jax.jit(lambda key: [f(begun(key)[1]) for f in (masked.targets, masked.counts)])(
-        jax.random.key(0)
-    )
+    targets, counts = jax.jit(numbers)(jax.random.key(0))
     left = cut.smaller(parts.model_config, {name: int(n) for name, n in targets.items()})
     cut.check(left, config.model.head or "lm")
     if wanted is not None:
