@@ -90,6 +90,9 @@ def test_store_gives_back_examples():
 def test_buckets():
     assert collate.default_buckets(200) == (32, 64, 128, 200)
     assert collate.default_buckets(20) == (20,)
+    assert collate.default_buckets(69, 16) == (16, 32, 48, 64, 69)
+    assert collate.default_buckets(64, 16) == (16, 32, 48, 64)
+    assert collate.default_buckets(20, 32) == collate.default_buckets(20, 20) == (20,)
     assert [collate.bucket(n, (32, 64)) for n in (1, 32, 33, 64)] == [32, 32, 64, 64]
     with pytest.raises(errors.DataError, match="longer than the largest padding bucket 64"):
         collate.bucket(65, (32, 64))

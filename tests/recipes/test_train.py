@@ -18,7 +18,7 @@ from tunejax import cli
 from tunejax.config import load
 from tunejax.core import digest, errors, paths
 from tunejax.interop import hf
-from tunejax.recipes import adapter, artefact, train
+from tunejax.recipes import adapter, artefact, rows, settings, train
 
 
 @pytest.fixture(scope="module")
@@ -202,3 +202,15 @@ def test_classification_keeps_the_head_that_it_drew(world):
     np.testing.assert_array_equal(head, saved)
     assert jax.numpy.isfinite(head).all()
     assert cli.main(["generate", str(out), "--prompt", "red"]) == 2
+
+
+@pytest.mark.parametrize(("multiple", "expected"), [(None, {32}), (6, {12}), (64, {64})])
+def test_batches_are_padded_to_the_multiple(world, multiple, expected):
+    """Rows have 7 tokens."""
+    said = [] if multiple is None else [f"data.pad_to_multiple_of={multiple}"]
+    config = load.load(world / "my.yaml", ["data.max_length=64", *said])
+    tokenizer = hf.tokenizer(world / "model")
+    read = rows.read(config, tokenizer, "decoder")
+    made = rows.loaders(config, read, settings.Batches(1, 1, 1), tokenizer)
+    assert {batch["tokens"].shape[1] for batch in made.evaluation()} == expected
+    assert {made.train.build(i)["tokens"].shape[1] for i in range(8)} == expected

@@ -67,6 +67,10 @@ class DataSection(Section):
     max_length: int = Field(512, ge=2)
     packing: bool | Literal["bfd", "first_fit", "wrapped"] = Field(False, description="several examples a row")
     group_by_length: bool = Field(False, description="batches of examples of similar length")
+    pad_to_multiple_of: int | None = Field(
+        None, ge=1, description="without packing: lengths that batches are padded to, each a program to compile; "
+        "max_length is the last, and the only one from there on. By default 32, 64, 128, ...",
+    )  # fmt: skip
     assistant_only_loss: bool = Field(True, description="for messages: only assistant turns bear loss")
     completion_only_loss: bool = Field(True, description="for prompt_completion: only the completion bears loss")
     append_eos: bool = Field(True, description="end every example with the end-of-sequence token, in the loss")

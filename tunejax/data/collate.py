@@ -30,8 +30,13 @@ class Beside(Protocol):
         ...
 
 
-def default_buckets(max_length: int) -> tuple[int, ...]:
-    """Lengths that batches are padded to: 32, 64, 128, ... below ``max_length``, and ``max_length``."""
+def default_buckets(max_length: int, multiple: int | None = None) -> tuple[int, ...]:
+    """Lengths that batches are padded to: those of ``multiple`` below ``max_length``, and ``max_length``.
+
+    By default 32, 64, 128, ...: few shapes, since each is a program to compile.
+    """
+    if multiple is not None:
+        return (*range(multiple, max_length, multiple), max_length)
     out, size = [], 32
     while size < max_length:
         out.append(size)

@@ -6,9 +6,8 @@ from typing import Any, NamedTuple
 import jax
 
 from tunejax.config import locate, schema
-from tunejax.data import audit, options, pipeline
+from tunejax.data import audit, collate, options, pipeline
 from tunejax.data import corpus as corpora
-from tunejax.data.collate import Beside
 from tunejax.data.corpus import Corpus
 from tunejax.recipes import settings
 
@@ -101,7 +100,7 @@ def _options(config: schema.Config, kind: str, prompt: tuple[int, ...]) -> optio
 
 
 def loaders(
-    config: schema.Config, rows: Rows, sizes: settings.Batches, tokenizer: Any, beside: Beside | None = None
+    config: schema.Config, rows: Rows, sizes: settings.Batches, tokenizer: Any, beside: collate.Beside | None = None
 ) -> Loaders:
     """Batches for training and evaluation, this process's share of them. beside: further arrays to train on."""
     assert rows.train is not None
@@ -129,9 +128,12 @@ def evaluation_batches(
 
 
 def _common(config: schema.Config, tokenizer: Any) -> dict[str, Any]:
+    d = config.data
+    multiple = d.pad_to_multiple_of
     return {
-        "max_length": config.data.max_length,
-        "packing": config.data.packing,
+        "max_length": d.max_length,
+        "buckets": multiple and collate.default_buckets(d.max_length, multiple),
+        "packing": d.packing,
         "pad_id": tokenizer.pad_token_id or 0,
         "shard_index": jax.process_index(),
         "shard_count": jax.process_count(),
