@@ -91,6 +91,13 @@ def row(**changes):
     return {k: v for k, v in {**worlds.ROWS[0], **changes}.items() if v is not None}
 
 
+def labelled(*labels):
+    """Rows of a text and one of the labels; `CLASSES` reads them."""
+    return lambda folder: worlds.jsonl(folder / "train.jsonl", [{"text": "red cat", "label": x} for x in labels])
+
+
+CLASSES = ("objective.name=classification", "data.eval_path=null")
+
 FLAGS = [
     Case("unknown verb", ["trian", "CONFIG"], ["'trian'", "Did you mean 'train'"]),
     Case("no config", ["train"], ["needs a config"]),
@@ -168,6 +175,12 @@ DATA = [
         write("train.jsonl", '{"text": "red cat"}\n'),
     ),
     Case("only skipped rows", train("data.on_bad_row=skip"), ["no usable rows"], only_bad),
+    Case(
+        "more labels than outputs",
+        train(*CLASSES, "model.num_labels=2"),
+        ["model.num_labels is 2", "the data has 3 labels"],
+        labelled("a", "b", "c"),
+    ),
     Case("bad held-out rows", train(), ["eval.jsonl:1"], write("eval.jsonl", '{"prompt": "a"}\n')),
     Case("damaged gzip", train("data.path=DIR/x.jsonl.gz"), ["gzip"], write("x.jsonl.gz", b"not gzip")),
 ]

@@ -152,7 +152,7 @@ def model_shape(config: schema.Config, found: ModelConfig, num_labels: int | Non
     if config.model.dropout is not None:
         changes["dropout"] = config.model.dropout
     if config.model.head == "classification":
-        changes["num_labels"] = config.model.num_labels or len(config.data.labels or ()) or num_labels or 2
+        changes["num_labels"] = classes(config, num_labels) or 2
     if config.model.head == "lm" and found.kind == "encoder":
         raise errors.ConfigError(
             f"{config.model.path} is an encoder; objective.name: masked_lm or classification fits it"
@@ -166,6 +166,18 @@ def model_shape(config: schema.Config, found: ModelConfig, num_labels: int | Non
             f"data.max_length is {config.data.max_length}, and {config.model.path} has {found.max_positions} positions"
         )
     return dataclasses.replace(found, **changes)
+
+
+def classes(config: schema.Config, num_labels: int | None) -> int:
+    """How many classes are told apart, 0 where nothing says it. num_labels: as the data has it.
+
+    Raises:
+      ConfigError: the head has fewer outputs than the data has labels.
+    """
+    known, wanted = len(config.data.labels or ()) or num_labels or 0, config.model.num_labels
+    if wanted is not None and wanted < known:
+        raise errors.ConfigError(f"model.num_labels is {wanted}, and the data has {known} labels; expected {known}")
+    return wanted or known
 
 
 def objective(config: schema.Config, tokenizer: Any) -> Objective:
