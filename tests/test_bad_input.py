@@ -142,6 +142,15 @@ CONFIGS = [
     Case(
         "unknown option of an objective", train("objective.smoothing=0.1"), ["objective.smoothing", "label_smoothing"]
     ),
+    Case(
+        "wrong type in an objective", train("objective.label_smoothing=high"), ["objective.label_smoothing", "'high'"]
+    ),
+    Case(
+        "a word for class weights",
+        train(*CLASSES, "objective.class_weights=abc"),
+        ["objective.class_weights", "'abc'"],
+        labelled("a", "b"),
+    ),
     Case("objective that does not fit the model", train("objective.name=masked_lm"), ["is a decoder"]),
     Case("mesh that does not fit", train("mesh.tensor=7"), ["mesh", "7"]),
     Case("batch that does not divide", train("train.train_batch_size=7"), ["multiple of"]),
@@ -179,6 +188,12 @@ DATA = [
         "more labels than outputs",
         train(*CLASSES, "model.num_labels=2"),
         ["model.num_labels is 2", "the data has 3 labels"],
+        labelled("a", "b", "c"),
+    ),
+    Case(
+        "fewer class weights than labels",
+        train(*CLASSES, "objective.class_weights=[1, 2]"),
+        ["objective.class_weights has 2 numbers", "3 labels"],
         labelled("a", "b", "c"),
     ),
     Case("bad held-out rows", train(), ["eval.jsonl:1"], write("eval.jsonl", '{"prompt": "a"}\n')),

@@ -1,12 +1,15 @@
 """From a config to its parts: the same few lines that every recipe begins with."""
 
 import dataclasses
+import typing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+from pydantic import ValidationError, create_model
 
+from tunejax.config import load as configs
 from tunejax.config import locate, schema
 from tunejax.core import digest, errors, paths
 from tunejax.core.method import Method
@@ -130,6 +133,7 @@ def parts(config: schema.Config, from_: Opened, *, num_labels: int | None = None
         constrain=sharding.constrainer(mesh),
     )
     made = objective(config, tokenizer)
+    check_class_weights(config, classes(config, num_labels))
     return Parts(config, config.model.path, folder, model_config, tokenizer, method, model, made, mesh)
 
 
@@ -196,11 +200,31 @@ def objective(config: schema.Config, tokenizer: Any) -> Objective:
             label: word_id(tokenizer, word, label) for label, word in options["verbalizer"].items()
         }
     make = OBJECTIVES[config.objective.name]
-    known = list(make.__kwdefaults__ or {})  # type: ignore[attr-defined]
-    for key in options:
-        if key not in known:
-            raise errors.ConfigError(f"objective.{key}: unknown option. {errors.did_you_mean(key, known)}")
-    return make(**{k: tuple(v) if isinstance(v, list) else v for k, v in options.items()})
+    return make(**checked_options(make, options))
+
+
+def checked_options(make: Callable[..., Objective], given: dict[str, Any]) -> dict[str, Any]:
+    """``given`` as the options of an objective. Raises ConfigError on an unknown or ill-typed one."""
+    hints, defaults = typing.get_type_hints(make), make.__kwdefaults__ or {}  # type: ignore[attr-defined]
+    for key in given:
+        if key not in defaults:
+            raise errors.ConfigError(f"objective.{key}: unknown option. {errors.did_you_mean(key, defaults)}")
+    fields: dict[str, Any] = {key: (hints[key], default) for key, default in defaults.items()}
+    try:
+        found = create_model("Options", **fields)(**given)
+    except ValidationError as e:
+        raise errors.ConfigError(configs.problems(e, list(fields), "config", "objective.")) from None
+    return {key: getattr(found, key) for key in given}
+
+
+def check_class_weights(config: schema.Config, count: int) -> None:
+    """Raises ConfigError where ``objective.class_weights`` are not one a class. count: of the classes; 0: not known."""
+    weights = (config.objective.model_extra or {}).get("class_weights")
+    if weights is not None and count and len(weights) != count:
+        raise errors.ConfigError(
+            f"objective.class_weights has {len(weights)} numbers, and there are {count} labels; expected one for each, "
+            "in the order of the labels"
+        )
 
 
 def word_id(tokenizer: Any, word: str, label: str) -> int:
