@@ -185,6 +185,7 @@ def test_bad_rows(tmp_path, row, opts, reason, message):
         (5, bad.LABEL, "unknown label 5"),
         (0.5, bad.TYPE, "wrong type in 'label': expected a name or number, found number 0.5"),
         (None, bad.TYPE, "found null"),
+        ("", bad.EMPTY, "empty 'label': expected a name or number"),
     ],
 )
 def test_bad_labels(label, reason, message):
@@ -195,6 +196,19 @@ def test_bad_labels(label, reason, message):
     assert load(rows, toys.encoder(), on_bad_row="skip", **opts).report.skipped == {reason: 1}
 
 
+def test_a_number_is_a_place_only_among_names_that_are_words():
+    opts = {"objective": "classification", "labels": ("1", "2")}
+    assert load([{"text": "w1", "label": 1}], toys.encoder(), **opts).store[0].targets[0] == 0
+    with pytest.raises(errors.DataError, match=r"rows:1: unknown label 0\. Choices: 1, 2"):
+        load([{"text": "w1", "label": 0}], toys.encoder(), **opts)
+
+
+def test_an_empty_label_is_no_class():
+    rows = [{"text": "w1", "label": x} for x in ("no", "", "yes")]
+    made = load(rows, toys.encoder(), objective="classification", on_bad_row="skip")
+    assert (made.labels, made.report.skipped) == (("no", "yes"), {bad.EMPTY: 1})
+
+
 @pytest.mark.parametrize(
     ("rows", "opts", "error", "message"),
     [
@@ -202,6 +216,12 @@ def test_bad_labels(label, reason, message):
         ([{"sentence": "a"}], {}, errors.DataError, "Say data.columns={text: sentence}"),
         ([{"x": "a"}], {}, errors.DataError, "rows:1: no format has the fields x"),
         ([{"text": "a", "label": "b"}], {"objective": "classification"}, errors.DataError, "two different labels"),
+        (
+            [{"text": "a", "lable": "b"}],
+            {"objective": "classification", "format": "classification"},
+            errors.DataError,
+            "rows:1: missing key 'label', as in all rows; found text, lable. Did you mean 'lable'",
+        ),
         ([{"text": "a"}], {"objective": "classification"}, errors.ConfigError, "the rows have the format 'text'"),
         ([{"prompt": "a", "completion": "b"}], {"truncation": "split"}, errors.ConfigError, "for the format 'text'"),
         ([{"prompt": "a", "completion": "b"}], {"objective": "masked_lm"}, errors.ConfigError, "the format 'text'"),

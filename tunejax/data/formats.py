@@ -295,17 +295,32 @@ def _label(row: Row, names: Sequence[str], rejects: bad.BadRows) -> int | None:
         return None
     if str(value) in names:
         return list(names).index(str(value))
-    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(names):
+    if isinstance(value, str) and not value.strip():
+        rejects.add(bad.EMPTY, row.source, f"empty 'label': expected a name or number, found {bad.kind(value)}")
+        return None
+    # Where names are numbers, 0 is the label 0, which is none of them, and not the first of them.
+    counts = not all(map(_is_number, names))
+    if counts and isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(names):
         return value
     rejects.add(bad.LABEL, row.source, f"unknown label {value!r}. {errors.did_you_mean(str(value), names)}")
     return None
 
 
 def label_names(rows: Sequence[Row]) -> tuple[str, ...]:
-    """The classes of the rows: sorted, as numbers where all are. Raises DataError if there are fewer than two."""
-    found = {str(v) for r in rows if isinstance(v := r.fields.get("label"), str | int)}
+    """The classes of the rows: sorted, as numbers where all are; an empty one is none.
+
+    Raises:
+      DataError: there are fewer than two.
+    """
+    found = {str(v) for r in rows if isinstance(v := r.fields.get("label"), str | int) and str(v).strip()}
+    where = rows[0].source if rows else "no rows"
+    if rows and not any("label" in r.fields for r in rows):
+        there = rows[0].fields
+        raise errors.DataError(
+            f"{where}: missing key 'label', as in all rows; found {', '.join(there)}. "
+            f"{errors.did_you_mean('label', there)} Rename it by data.columns={{label: theirs}}."
+        )
     if len(found) < 2:
-        where = rows[0].source if rows else "no rows"
         raise errors.DataError(f"{where}: expected at least two different labels, found {sorted(found)}")
     return tuple(sorted(found, key=(lambda v: (int(v), v)) if all(_is_number(v) for v in found) else str))
 
