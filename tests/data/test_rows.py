@@ -126,6 +126,7 @@ BAD_LINES = [
     (b'{"text": "\xff\xfe"}', bad.ENCODING, r"invalid UTF-8 at byte 10 of the line \(ff fe 22 7d\)"),
     (b'["a"]', bad.TYPE, r"expected an object, found list \['a'\]"),
     (b"null", bad.TYPE, "expected an object, found null"),
+    (rb'{"text": "a \ud83d b"}', bad.ENCODING, r"\\ud83d is half of a surrogate pair"),
 ]
 
 
@@ -138,6 +139,11 @@ def test_bad_lines(tmp_path, line, reason, message):
     assert [r.fields["text"] for r in rows.read_rows(path, rejects)] == ["a", "b"]
     assert rejects.skipped == {reason: 1}
     assert rejects.samples[reason][0].startswith(f"{path}:2: ")
+
+
+def test_whole_surrogate_pairs_are_text(tmp_path):
+    path = toys.write(tmp_path / "x.jsonl", [rb'{"text": "\ud83d\ude00"}'])
+    assert _fields(rows.read_rows(path)) == [{"text": "\U0001f600"}]
 
 
 def test_bad_table_rows(tmp_path):
@@ -167,6 +173,7 @@ def test_bad_table_rows(tmp_path):
         ("x.json", b'[{"a": 1},\n"\xff"]', r"x\.json:2: invalid UTF-8"),
         ("x.json", b'{"a": 1}', "found an object with a"),
         ("x.json", b"3", r"expected a list of objects, found number 3"),
+        ("x.json", b'[{"a": "b"},\n{"a": "\\uDE00"}]', r"x\.json:2: \\ude00 is half"),
         ("x.json", b"[1]", r"x\.json:1: wrong type: expected an object, found number 1"),
         ("x.jsonl", b"", "no rows"),
         ("x.jsonl.gz", b"not gzip", "damaged gzip"),

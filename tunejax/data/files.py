@@ -3,6 +3,7 @@
 import csv
 import gzip
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +21,8 @@ class Row(NamedTuple):
 
 Reader = Callable[[Path, bad.BadRows, str | None], Iterator[Row]]
 DOCUMENT_MARK = "<|endoftext|>"
+SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+"""The escape in JSON of half a character."""
 JSON_LISTS = ("data", "rows", "examples", "instances", "train")
 
 
@@ -77,10 +80,24 @@ def jsonl(path: Path, rejects: bad.BadRows, separator: str | None = None) -> Ite
             at = f"{e.msg}, column {e.colno}" if isinstance(e, json.JSONDecodeError) else str(e)
             rejects.add(bad.MALFORMED, source, f"malformed JSON ({at}). Expected one object a line")
             continue
-        if isinstance(value, dict):
+        if _usable(value, line, source, rejects):
             yield Row(value, source)
-        else:
-            rejects.add(bad.TYPE, source, f"wrong type: expected an object, found {bad.kind(value)}")
+
+
+def _usable(value: Any, text: str, source: str, rejects: bad.BadRows) -> bool:
+    """Whether a JSON value is a row: an object whose strings are text. text: that it was read from, or more."""
+    if not isinstance(value, dict):
+        rejects.add(bad.TYPE, source, f"wrong type: expected an object, found {bad.kind(value)}")
+        return False
+    if not SURROGATE.search(text):
+        return True
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as e:
+        half = f"\\u{ord(e.object[e.start]):04x}"
+        rejects.add(bad.ENCODING, source, f"{half} is half of a surrogate pair, which is no character; expected both")
+        return False
+    return True
 
 
 def _whole(path: Path) -> str:
@@ -108,10 +125,8 @@ def json_list(path: Path, rejects: bad.BadRows, separator: str | None = None) ->
     if not isinstance(value, list):
         raise errors.DataError(f"{path}: expected a list of objects, found {bad.kind(value)}")
     for item, number in zip(value, _element_lines(text, start), strict=True):
-        if isinstance(item, dict):
+        if _usable(item, text, f"{path}:{number}", rejects):
             yield Row(item, f"{path}:{number}")
-        else:
-            rejects.add(bad.TYPE, f"{path}:{number}", f"wrong type: expected an object, found {bad.kind(item)}")
 
 
 def _inner_list(path: Path, text: str, value: dict[str, Any]) -> tuple[int, list[Any]]:
