@@ -54,6 +54,8 @@ def open_run(text: str, changes: list[str] | None = None, beside: Tuned | None =
     found = adapter.read(path / "adapter")
     if found.info.get("labels") and not raw["data"].get("labels"):
         raw["data"]["labels"] = found.info["labels"]  # as the training rows had them
+    if not raw["data"].get("format") and not any(c.startswith("data.") for c in changes or ()):
+        raw["data"]["format"] = found.info.get("row_format")  # likewise; rows that are named anew may have another
     config = load.check(raw, str(path / "config.yaml"))
     parts = assemble.parts(config, assemble.opened(config), num_labels=found.info.get("num_labels"))
     loaded = _loaded(parts, beside)

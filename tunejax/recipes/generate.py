@@ -8,9 +8,8 @@ from typing import Any
 import jax
 
 from tunejax.core import errors
-from tunejax.data import chat
 from tunejax.generate import decode, sampling, stop
-from tunejax.recipes import artefact, assemble, runtime, samples
+from tunejax.recipes import artefact, runtime, samples
 
 
 def main(args: argparse.Namespace) -> None:
@@ -63,36 +62,17 @@ def ids(tuned: artefact.Tuned, prompt: str, args: argparse.Namespace) -> list[in
     """The tokens of a prompt, in the form that the run was trained on unless a flag says otherwise.
 
     Raises:
-      ConfigError: it is longer than the model has positions for.
+      ConfigError: it is empty, or longer than the model has positions for, or the run's template has other fields.
     """
     tokenizer, data = tuned.parts.tokenizer, tuned.parts.config.data
     if len(tuned.parts.front) < len(tuned.parts.prompt) and (args.chat or args.raw):
         raise errors.ConfigError(
             f"the run's data.template places {len(tuned.parts.prompt)} virtual tokens; --chat and --raw leave it out"
         )
-    if args.chat or (data.format == "messages" and not args.raw):
-        chat.template_of(tokenizer)
-        turns = [{"role": "user", "content": prompt}]
-        found = tokenizer.apply_chat_template(turns, tokenize=True, add_generation_prompt=True, return_dict=True)[
-            "input_ids"
-        ]
-    else:
-        found = tokenizer(prompt)["input_ids"] if args.raw else samples.formed(tuned.parts, prompt)
-    if room(tuned.parts, found) < 1:
-        taken, limit = taken_before(tuned.parts), tuned.parts.model_config.max_positions
-        beside = f", {taken} of them taken by {tuned.parts.method.name}" if taken else ""
-        raise errors.ConfigError(f"the prompt has {len(found)} tokens; the model has {limit} positions{beside}")
-    return list(found)
-
-
-def taken_before(parts: assemble.Parts) -> int:
-    """Positions that the method takes before the prompt."""
-    return len(parts.front) + parts.method.prefix
-
-
-def room(parts: assemble.Parts, prompt: list[int]) -> int:
-    """Positions that are left after the prompt."""
-    return parts.model_config.max_positions - taken_before(parts) - len(prompt)
+    turns = args.chat or data.format == samples.CHATS
+    found = list(tokenizer(prompt)["input_ids"]) if args.raw else samples.formed(tuned.parts, prompt, turns)
+    samples.check_room(tuned.parts, found, "the prompt")
+    return found
 
 
 def text(tuned: artefact.Tuned, prompt: list[int], how: sampling.Sampling, count: int, key: Any) -> Iterator[str]:
@@ -104,7 +84,7 @@ def text(tuned: artefact.Tuned, prompt: list[int], how: sampling.Sampling, count
         parts.model,
         tuned.params,
         [prompt],
-        max_new_tokens=min(count, room(parts, prompt)),
+        max_new_tokens=min(count, samples.room(parts, prompt)),
         sampling=how,
         stop_tokens=stops,
         pad_id=parts.tokenizer.pad_token_id or 0,

@@ -109,7 +109,7 @@ def texts(
         raise errors.ConfigError(f"the runs are tuned for {first.config.objective.name}; they write no text")
     tokens = [generate.ids(served.runs[i], p, args) for i, p in zip(ids, prompts, strict=True)]
     count = args.max_new_tokens or first.config.generation.max_new_tokens
-    left = min(generate.room(served.runs[i].parts, t) for i, t in zip(ids, tokens, strict=True))
+    left = min(samples.room(served.runs[i].parts, t) for i, t in zip(ids, tokens, strict=True))
     tokens = [[*served.runs[i].parts.front, *t] for i, t in zip(ids, tokens, strict=True)]
     width = max(map(len, tokens))
     new = decode.generate(

@@ -24,6 +24,12 @@ class Rows(NamedTuple):
         found = self.train if self.train is not None else self.held_out
         return (found.labels if found is not None else None) or ()
 
+    @property
+    def format(self) -> str | None:
+        """As what the rows were read, also where the config leaves that to them."""
+        found = self.train if self.train is not None else self.held_out
+        return found.report.format if found is not None else None
+
     def counts(self) -> dict[str, Any]:
         """What became of the rows, for the summary."""
         held_out = {"eval_examples": len(self.held_out)} if self.held_out is not None else {}

@@ -9,8 +9,9 @@ import jax
 import numpy as np
 
 from tunejax.config import schema
+from tunejax.core import errors
 from tunejax.core.method import Context
-from tunejax.data import completions, templates, virtual
+from tunejax.data import chat, completions, templates, virtual
 from tunejax.data.options import LABELLED
 from tunejax.evaluate import exact_match, scores
 from tunejax.recipes import assemble, folder, rows
@@ -18,7 +19,8 @@ from tunejax.train import evaluation
 from tunejax.train.state import TrainState
 from tunejax.train.step import Step
 
-ANSWERED = ("prompt_completion", "messages")
+CHATS = "messages"
+ANSWERED = ("prompt_completion", CHATS)
 """Formats of rows that have a prompt."""
 
 
@@ -76,7 +78,7 @@ class Judge(NamedTuple):
         if not prompts or not generates(self.parts) or not single_process():
             return []
         tokenizer = self.parts.tokenizer
-        ids = [formed(self.parts, p) for p in prompts]
+        ids = [formed(self.parts, p, turns=self.rows.format == CHATS) for p in prompts]
         width = -(-max(map(len, ids)) // exact_match.ROUND) * exact_match.ROUND
         new = generator(self.parts, params)(*completions.left_padded(ids, width))
         return [
@@ -85,14 +87,57 @@ class Judge(NamedTuple):
         ]
 
 
-def formed(parts: assemble.Parts, prompt: str) -> list[int]:
-    """The tokens of a prompt, in the template of the run's rows if they have one."""
+def formed(parts: assemble.Parts, prompt: str, turns: bool = False) -> list[int]:
+    """The tokens of a prompt in the form of the run's rows: in their template, if they have one.
+
+    turns: they are chats, and the prompt is a user's turn.
+
+    Raises:
+      ConfigError: their template has fields that no prompt fills.
+    """
     template = parts.config.data.template
+    if turns:
+        chat.template_of(parts.tokenizer)
+        said = [{"role": "user", "content": prompt}]
+        made = parts.tokenizer.apply_chat_template(said, tokenize=True, add_generation_prompt=True, return_dict=True)
+        return list(made["input_ids"])
     if not template:
         return list(parts.tokenizer(prompt)["input_ids"])
+    others = [name for name in templates.fields_of(template) if name != "prompt"]
+    if others:
+        raise errors.ConfigError(
+            f"data.template has the field {{{others[0]}}}, which a prompt alone does not fill; expected {{prompt}} and "
+            "no other. tunejax generate --raw takes the whole text as it is"
+        )
     inside = parts.prompt[len(parts.front) :]
     text = templates.filled(template, {"prompt": prompt}.get)
     return list(virtual.reader(parts.tokenizer, inside)(text)["input_ids"])
+
+
+def check_prompts(parts: assemble.Parts, found: rows.Rows) -> None:
+    """Raises ConfigError on a prompt of the config that the model cannot answer."""
+    for i, prompt in enumerate(parts.config.generation.prompts if generates(parts) else ()):
+        check_room(parts, formed(parts, prompt, turns=found.format == CHATS), f"generation.prompts.{i}")
+
+
+def check_room(parts: assemble.Parts, prompt: list[int], name: str) -> None:
+    """Raises ConfigError where a prompt is empty, or leaves the model no position to write to."""
+    if not prompt:
+        raise errors.ConfigError(f"{name} is empty: it needs one token at least")
+    if room(parts, prompt) < 1:
+        taken, limit = taken_before(parts), parts.model_config.max_positions
+        beside = f", {taken} of them taken by {parts.method.name}" if taken else ""
+        raise errors.ConfigError(f"{name} has {len(prompt)} tokens; the model has {limit} positions{beside}")
+
+
+def taken_before(parts: assemble.Parts) -> int:
+    """Positions that the method takes before the prompt."""
+    return len(parts.front) + parts.method.prefix
+
+
+def room(parts: assemble.Parts, prompt: list[int]) -> int:
+    """Positions that are left after the prompt."""
+    return parts.model_config.max_positions - taken_before(parts) - len(prompt)
 
 
 def before(judge: Judge, state: TrainState, base: Any, out: Path) -> dict[str, float]:
