@@ -245,6 +245,9 @@ def test_time_to_the_target_is_that_of_the_first_evaluation_that_reached_it():
     assert standings.to_target(summary, rows, section()) is None
     loss = config.CompareSection(methods={"a": "full"}, metric="loss", target=1.0)
     assert standings.to_target({"eval_loss": 0.9, "train_seconds": 4.0}, [], loss) == 4.0
+    perplexity = config.CompareSection(methods={"a": "full"}, metric="perplexity", target=2.8)
+    lost = [{"train_seconds": 1.0, "eval_loss": 1.1}, {"train_seconds": 2.0, "eval_loss": 1.0}]
+    assert standings.to_target({"eval_perplexity": 2.7, "train_seconds": 4.0}, lost, perplexity) == 2.0
 
 
 def test_what_some_seeds_reached_is_told_as_such():

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from tunejax import plots
 from tunejax.config import compare
 from tunejax.core import errors
+from tunejax.evaluate import scores
 from tunejax.recipes import folder, page
 
 FIGURES = (
@@ -194,9 +195,15 @@ def to_target(summary: dict[str, Any], rows: list[dict[str, Any]], section: comp
     if section.target is None:
         return None
     before = summary.get("before_" + section.metric.removeprefix("eval_"))
-    measured = [(0.0, before), *((r.get("train_seconds"), r.get(section.metric)) for r in rows),
+    measured = [(0.0, before), *((r.get("train_seconds"), measured_in(r, section.metric)) for r in rows),
                 (summary.get("train_seconds"), summary[section.metric])]  # fmt: skip
     return next((s for s, q in measured if s is not None and q is not None and section.reaches(q)), None)
+
+
+def measured_in(row: dict[str, Any], metric: str) -> float | None:
+    """The metric at an evaluation; perplexity is not written there, and follows from the loss."""
+    found = {k.removeprefix("eval_"): v for k, v in row.items() if k.startswith("eval_") and v is not None}
+    return scores.with_perplexity(found).get(metric.removeprefix("eval_"))
 
 
 def summed(label: str, runs: list[Outcome], section: compare.CompareSection) -> Row:
