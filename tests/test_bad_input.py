@@ -137,6 +137,11 @@ CONFIGS = [
         ["matches none", "attention/q/kernel"],
     ),
     Case("unknown optimiser", train("train.optim=adam2"), ["'adam2'", "adamw"]),
+    Case(
+        "unknown metric of the best model",
+        train("train.metric_for_best_model=acuracy"),
+        ["train.metric_for_best_model: 'eval_acuracy'", "Did you mean 'eval_accuracy'"],
+    ),
     Case("unknown schedule", train("train.lr_scheduler_type=cosin"), ["'cosin'", "cosine"]),
     Case("unknown objective", train("objective.name=seq2seq"), ["objective.name", "causal_lm"]),
     Case(

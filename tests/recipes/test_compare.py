@@ -183,6 +183,7 @@ def test_a_failed_method_stands_in_the_table(world, tmp_path, capsys):
             ["compare.metric=eval_acuracy"],
             "compare.metric: 'eval_acuracy' is not measured. Did you mean 'eval_accuracy'",
         ),
+        (["compare.metric=exact_match"], "compare.metric: 'eval_exact_match' is not measured"),
         (["compare.metric=null"], "compare.metric: input should be a valid string"),
         (["compare.methods.x=lorra"], "compare.methods.x: method: 'lorra' is not known. Did you mean 'lora'"),
         (["compare.methods.x={name: lora, rnk: 1}"], "compare.methods.x: method 'lora':\n  rnk: unknown"),

@@ -13,18 +13,14 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import jax
-import numpy as np
 import yaml
 
 from tunejax.config import compare, schema
 from tunejax.core import errors
-from tunejax.core import method as methods
-from tunejax.core.model import key_shape
-from tunejax.recipes import assemble, folder, outcome, runtime, settings, standings, train, validate
-from tunejax.train import step
+from tunejax.data.options import LABELLED
+from tunejax.recipes import assemble, folder, outcome, runtime, samples, settings, standings, train, validate
 
 RECORD = "compare.yaml"
 
@@ -88,32 +84,20 @@ def check_method(config: schema.Config, metric: str) -> None:
     parts = assemble.parts(config, opened)
     settings.batches(config, parts.mesh)
     settings.optimizer(config, total_steps=1000)
+    samples.check_best(parts)
     known = score_names(parts)
     if metric not in known:
         raise errors.ConfigError(f"compare.metric: {metric!r} is not measured. {errors.did_you_mean(metric, known)}")
 
 
 def score_names(parts: assemble.Parts) -> list[str]:
-    """The scores that a run of these parts may measure on its held-out rows, each with "eval_" before it.
-
-    The evaluation is traced, not run; so patterns of the method that match nothing raise TargetError here.
-    """
-    length = parts.config.data.max_length
-    whole = jax.ShapeDtypeStruct((2, length), np.int32)
-    names = ("tokens", "targets", "positions", "segment_ids", "token_types")
-    batch = {**dict.fromkeys(names, whole), "loss_weights": jax.ShapeDtypeStruct((2, length), np.float32)}
-
-    def sums(key: Any, batch: Any) -> Any:
-        params = parts.model.init(key)
-        begun = parts.method.init(key, params)
-        base = methods.apply_edits(params, begun.edits)
-        return step.evaluate(parts.model, parts.method, parts.objective, begun.train, begun.state, base, {}, batch)
-
-    totals = jax.eval_shape(sums, key_shape(), batch)
-    found = set(parts.objective.scores({name: np.zeros(total.shape) for name, (total, _) in totals.items()}))
-    if parts.config.model.head != "classification":
-        found |= {"perplexity", "exact_match"}
-    return sorted(f"eval_{name}" for name in found)
+    """The scores that a run of these parts may have in its summary, each with "eval_" before it."""
+    found = set(samples.evaluated(parts))
+    if parts.config.objective.name not in LABELLED:
+        found.add("eval_perplexity")
+    if samples.may_match(parts.config):
+        found.add("eval_exact_match")
+    return sorted(found)
 
 
 def begin(comparison: compare.Comparison) -> None:

@@ -79,6 +79,7 @@ def prepare(config: schema.Config) -> Ready:
     data = rows.read(config, opened.tokenizer, opened.model_config.kind, opened.prompt)
     parts = assemble.parts(config, opened, num_labels=len(data.labels), mesh=mesh)
     samples.check_prompts(parts, data)
+    samples.check_best(parts)
     beside, writes = teacher.arrays(parts, data.train), teacher.on_policy(parts, data.train)
     loaders = rows.loaders(config, data, sizes, parts.tokenizer, beside)
     total = settings.total_steps(config, loaders.train.plan.steps)
