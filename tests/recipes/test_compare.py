@@ -195,6 +195,7 @@ def test_a_failed_method_stands_in_the_table(world, tmp_path, capsys):
         (["compare.methods=[full, bitfit, full]"], "two methods are labelled 'full'"),
         (["compare.methods={}"], "at least 1 item"),
         (["compare.methods={../x: full}"], "label '../x'"),
+        (["compare.methods={8: lora}"], "label 8 is no text to YAML: put it in quotes, as '8'"),
         (["compare.seeds=[1, 1]"], "seeds are different numbers"),
         (["compare.sed=1"], "unknown key. Did you mean 'seeds'"),
         (["seed=1"], "seed: the seeds of a comparison stand in compare.seeds"),
@@ -218,6 +219,10 @@ def test_configs_of_runs_and_comparisons_are_told_apart(world, tmp_path, capsys)
     assert "has no section 'compare'" in capsys.readouterr().err
     assert cli.main(["train", str(world[0] / "cmp.yaml")]) == 2
     assert "is a config of tunejax compare" in capsys.readouterr().err
+    (tmp_path / "empty.yaml").write_text("output_dir: x\ncompare:\n")
+    assert cli.main(["compare", str(tmp_path / "empty.yaml")]) == 2
+    assert "\n  compare: input should be" in capsys.readouterr().err
+    (tmp_path / "empty.yaml").unlink()
     (tmp_path / "file").write_text("mine")
     assert cli.main(["compare", str(world[0] / "cmp.yaml"), f"output_dir={tmp_path}"]) == 2
     assert "not of a comparison" in capsys.readouterr().err

@@ -45,9 +45,11 @@ class CompareSection(schema.Section):
             _once([str(n) for n in names])
             value = dict(zip(names, value, strict=True))
         if isinstance(value, dict):
-            bad = [str(k) for k in value if not isinstance(k, str) or not LABEL.fullmatch(k)]
-            if bad:
+            bad = [k for k in value if not isinstance(k, str) or not LABEL.fullmatch(k)]
+            if bad and isinstance(bad[0], str):
                 raise ValueError(f"label {bad[0]!r}: use letters, digits and any of _ . + -")
+            if bad:
+                raise ValueError(f"label {bad[0]!r} is no text to YAML: put it in quotes, as '{bad[0]}'")
             _once([k.lower() for k in value])
         return value
 

@@ -146,17 +146,18 @@ def check(raw: dict[str, Any], origin: str = "config") -> schema.Config:
 
 def problems(error: ValidationError, known: list[str], origin: str, prefix: str = "") -> str:
     """Every problem of a config, a line each. known: its keys; prefix: put before each."""
-    lines = [f"  {prefix}{_explain(p, known)}" for p in error.errors()]
+    lines = [f"  {_explain(p, known, prefix)}" for p in error.errors()]
     count = f"{len(lines)} problem{'s' if len(lines) > 1 else ''}"
     return f"{origin}: {count}\n" + "\n".join(dict.fromkeys(lines))
 
 
-def _explain(problem: Any, known: list[str]) -> str:
+def _explain(problem: Any, known: list[str], prefix: str = "") -> str:
     """One line about a problem that pydantic found; ``known`` are the keys that could have been meant."""
-    name = ".".join(str(x) for x in problem["loc"]) or "config"
+    inner = ".".join(str(x) for x in problem["loc"])
+    name = (prefix + inner).rstrip(".") or "config"
     kind, found = problem["type"], problem["input"]
     if kind == "extra_forbidden":
-        return f"{name}: unknown key. {_hint(name, known)}"
+        return f"{name}: unknown key. {_hint(inner, known)}"
     if kind == "missing":
         return f"{name}: required, and not given"
     said = problem["msg"].removeprefix("Value error, ")
