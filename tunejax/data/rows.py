@@ -51,7 +51,7 @@ def _source(path: Any, rejects: bad.BadRows, split: str, separator: str | None) 
         return files.read(local, rejects, separator)
     if local.is_dir():
         return _dataset(text, split)
-    if any(c in text for c in "*?["):
+    if is_glob(text):
         return _glob(local, rejects, separator)
     if _is_hub_id(text):
         return _dataset(text, split)
@@ -65,13 +65,23 @@ def _is_hub_id(text: str) -> bool:
     return not known and re.fullmatch(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?", text) is not None
 
 
-def _glob(pattern: Path, rejects: bad.BadRows, separator: str | None) -> Iterator[Row]:
+def is_glob(text: str) -> bool:
+    """Whether a path that is no file stands for several."""
+    return any(c in text for c in "*?[")
+
+
+def matching(pattern: Path) -> list[Path]:
+    """The files of a glob, in order. Raises DataError where there are none."""
     start = Path(pattern.anchor) if pattern.is_absolute() else Path()
     relative = pattern.relative_to(pattern.anchor) if pattern.is_absolute() else pattern
     paths = sorted(p for p in start.glob(str(relative)) if p.is_file())
     if not paths:
         raise errors.DataError(f"no file matches {pattern}")
-    for p in paths:
+    return paths
+
+
+def _glob(pattern: Path, rejects: bad.BadRows, separator: str | None) -> Iterator[Row]:
+    for p in matching(pattern):
         yield from files.read(p, rejects, separator)
 
 

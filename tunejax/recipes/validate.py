@@ -8,6 +8,7 @@ import jax
 from tunejax.config import load, locate
 from tunejax.core import errors, method, table
 from tunejax.core.model import key_shape
+from tunejax.data import rows
 from tunejax.interop import tensors
 from tunejax.methods import report
 from tunejax.recipes import assemble, folder, latency, members, runtime, settings
@@ -41,8 +42,18 @@ def check_files(config: load.schema.Config) -> None:
     named = [(f"data.path.{i}", s.path) for i, s in enumerate(config.data.path)]
     for key, text in [*named, *([("data.eval_path", config.data.eval_path)] if config.data.eval_path else [])]:
         path = Path(locate.locate(text))
-        if not path.exists() and (path.suffix or text.startswith((".", "/", "~"))):
+        if not path.exists() and rows.is_glob(str(path)):
+            problems += _unmatched(key, path)
+        elif not path.exists() and (path.suffix or text.startswith((".", "/", "~"))):
             near = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
             problems.append(f"{key}: no file {path}. {errors.did_you_mean(path.name, near)}".strip())
     if problems:
         raise errors.ConfigError("\n  ".join(problems))
+
+
+def _unmatched(key: str, pattern: Path) -> list[str]:
+    try:
+        rows.matching(pattern)
+    except errors.DataError as e:
+        return [f"{key}: {e}"]
+    return []
