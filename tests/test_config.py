@@ -170,3 +170,19 @@ def test_paths_in_packages_and_variables(monkeypatch):
         locate.locate("package:no_such_thing/model")
     with pytest.raises(errors.ConfigError, match=r"holds no 'core/path.py'. Did you mean 'core/paths.py'"):
         locate.locate("package:tunejax/core/path.py")
+
+
+def test_a_run_folder_may_be_named_by_home_and_variables(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("SCRATCH", "/scratch")
+    assert check(output_dir="~/runs/x").output_dir == "/home/me/runs/x"
+    assert check(output_dir="${SCRATCH}/x").output_dir == "/scratch/x"
+    monkeypatch.delenv("SCRATCH")
+    with pytest.raises(errors.ConfigError, match="SCRATCH"):
+        check(output_dir="${SCRATCH}/x")
+
+
+def test_a_seed_is_one_that_keys_can_hold():
+    assert check(seed=2**32 - 1).seed == 2**32 - 1
+    with pytest.raises(errors.ConfigError, match="seed: input should be less than 4294967296"):
+        check(seed=2**32)

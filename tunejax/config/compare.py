@@ -56,8 +56,8 @@ class CompareSection(schema.Section):
     @field_validator("seeds")
     @classmethod
     def _different(cls, value: list[int]) -> list[int]:
-        if len(set(value)) < len(value) or min(value) < 0:
-            raise ValueError(f"seeds are different numbers from 0 on; found {value}")
+        if len(set(value)) < len(value) or min(value) < 0 or max(value) >= schema.MOST_SEEDS:
+            raise ValueError(f"seeds are different numbers from 0 on, below {schema.MOST_SEEDS}; found {value}")
         return value
 
     @field_validator("metric")

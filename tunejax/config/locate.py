@@ -34,6 +34,11 @@ def locate(text: str) -> str:
                 f"{text!r}: no package {name!r} is installed (pip install {name.replace('_', '-')})"
             )
         return _inside(Path(spec.submodule_search_locations[0]), rest, text)
+    return expanded(text)
+
+
+def expanded(text: str) -> str:
+    """``text`` with ``~`` and environment variables filled in. Raises ConfigError where one is not set."""
     return os.path.expanduser(re.sub(r"\$(?:\{(\w+)\}|(\w+))", _variable, text))
 
 

@@ -8,9 +8,12 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from tunejax.config import locate
 from tunejax.data import virtual
 from tunejax.data.options import LABELLED, check_gap
 
+MOST_SEEDS = 2**32
+"""JAX's keys hold so many: a greater seed would be one of the smaller ones again."""
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
@@ -273,7 +276,7 @@ class Config(Section):
     """A whole run."""
 
     output_dir: str = Field(min_length=1)
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=MOST_SEEDS)
     model: ModelSection = ModelSection()  # type: ignore[call-arg]
     data: DataSection
     method: dict[str, Any] | list[dict[str, Any]] = Field(description="one method, or a list to chain")
@@ -287,6 +290,11 @@ class Config(Section):
     generation: GenerationSection = GenerationSection()  # type: ignore[call-arg]
     evaluation: EvaluationSection = EvaluationSection()  # type: ignore[call-arg]
     expected: dict[str, tuple[float, float]] = Field({}, description="key of summary.json -> the range it must lie in")
+
+    @field_validator("output_dir")
+    @classmethod
+    def _located(cls, value: str) -> str:
+        return locate.expanded(value)
 
     @field_validator("method", mode="before")
     @classmethod
