@@ -67,6 +67,12 @@ def unfinished(folder):
     (folder / "run" / "config.yaml").write_text((folder / "my.yaml").read_text())
 
 
+def several(folder):
+    unfinished(folder)
+    with (folder / "run" / "config.yaml").open("a") as file:
+        file.write("many: [{seed: 0}, {seed: 1}]\n")
+
+
 def gone(name):
     return lambda folder: (folder / name).unlink()
 
@@ -109,6 +115,7 @@ FLAGS = [
     Case("export into a full folder", ["export", "RUN", "--output", "DIR"], ["not an empty folder"]),
     Case("export of no run", ["export", "DIR/rum", "--output", "DIR/x"], ["Did you mean 'run'"], unfinished),
     Case("export of an unfinished run", ["export", "RUN", "--output", "DIR/x"], ["no adapter"], unfinished),
+    Case("evaluate a run of several", ["evaluate", "RUN"], ["holds the runs of 2 members", "run/members/0"], several),
     Case("override without =", train("train.max_steps"), ["key=value", "train.max_steps"]),
     Case("override of an unknown key", train("train.max_step=3"), ["Did you mean 'train.max_steps'"]),
     Case("override that is no YAML", train("train.report_to=[a"), ["is not YAML"]),

@@ -114,6 +114,7 @@ def test_a_preset_before_what_differs_is_told(path, tmp_path, capsys):
         ("{method.targets: mlp/up/kernel}", "lora with other targets; members of one program may differ in rank"),
         ("{method: bitfit}", "lora and bitfit"),
         ("{sed: 3}", "many.1: unknown key 'sed'"),
+        ("{output_dir: elsewhere}", "many.1: output_dir is not a member's own"),
     ],
 )
 def test_what_does_not_fit_is_told(path, tmp_path, capsys, entry, said):

@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 import jax
 
 from tunejax.config import load, locate, schema
+from tunejax.core import errors, paths
 from tunejax.core import method as method_lib
-from tunejax.core import paths
 from tunejax.core.model import key_shape
 from tunejax.interop import adapter_folders, hf
 from tunejax.interop import found as found_lib
@@ -44,13 +44,17 @@ def open_run(text: str, changes: list[str] | None = None, beside: Tuned | None =
       beside: a model opened before, whose base is shared where this run's is the same.
 
     Raises:
-      ConfigError: no run folder.
+      ConfigError: no run folder, or one of several runs.
       CheckpointError: no adapter, a damaged one, or one of another base.
     """
     if adapter_folders.is_adapter(text):
         return _open_folder(Path(text), changes or [], beside)
     path = folder.find(text)
     raw = load.override(load.read_file(path / "config.yaml"), changes or [])
+    if raw.get("many"):
+        raise errors.ConfigError(
+            f"{path} holds the runs of {len(raw['many'])} members; name one of them, such as {path / 'members' / '0'}"
+        )
     found = adapter.read(path / "adapter")
     if found.info.get("labels") and not raw["data"].get("labels"):
         raw["data"]["labels"] = found.info["labels"]  # as the training rows had them

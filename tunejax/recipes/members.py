@@ -33,6 +33,9 @@ def configs_of(config: schema.Config) -> list[schema.Config]:
     out = []
     for i, entry in enumerate(config.many):
         values = {SHORT.get(k, k): v for k, v in entry.items()}
+        own = [k for k in ("output_dir", "many") if k in values]
+        if own:
+            raise errors.ConfigError(f"many.{i}: {own[0]} is not a member's own: its folder is OUTPUT_DIR/members/{i}")
         values["output_dir"] = f"{config.output_dir}/members/{i}"
         one = load.check(load.with_values(raw, values, f"many.{i}"), f"many.{i}")
         shared = [k for k in load.differences(one, config) if not k.startswith(DIFFER)]
