@@ -267,6 +267,13 @@ def test_what_some_seeds_reached_is_told_as_such():
     assert shown["note"] == "1 of 3 runs not made yet"
 
 
+def test_other_held_out_rows_are_told():
+    made = [standings.Outcome(k, 0, "finished", held_out=n) for k, n in (("a", 4), ("b", 4), ("c", 3))]
+    notes = standings.Standings("x", section(), made, []).notes()
+    assert "Methods were measured on different held-out rows (a 4, b 4, c 3): do not compare their quality." in notes
+    assert len(standings.Standings("x", section(), made[:2], []).notes()) == len(notes) - 1
+
+
 def test_units():
     assert [standings.size(x) for x in (12, 1536, 3 * 2**20, 5000 * 2**30)] == [
         "12 B",

@@ -146,6 +146,15 @@ def test_validate_and_preprocess_run_nothing(world, capsys):
     assert not (world / "fresh").exists()
 
 
+def test_held_out_rows_that_are_skipped_are_told(world, capsys):
+    held_out = worlds.jsonl(world / "holed.jsonl", [worlds.ROWS[0], {"prompt": "red ?", "completion": ""}])
+    changes = [f"data.eval_path={held_out}", "data.on_bad_row=skip", f"output_dir={world / 'holed'}"]
+    assert cli.main(["train", str(world / "my.yaml"), *changes]) == 0
+    assert "held-out rows skipped: 1 empty" in capsys.readouterr().out
+    rows = json.loads((world / "holed" / "summary.json").read_text())["rows"]
+    assert (rows["eval_examples"], rows["eval_skipped"]) == (1, {"empty": 1})
+
+
 def test_a_glob_of_files_is_valid(world, capsys):
     changes = ["validate", str(world / "my.yaml"), f"output_dir={world / 'fresh'}"]
     assert cli.main([*changes, f"data.path={world / 'tr*.jsonl'}"]) == 0

@@ -115,9 +115,9 @@ def conclude(
     folder.write_json(out / "summary.json", summary)
     for name in end:
         print(f"  {name:<14}{start.get(name, float('nan')):>10.4f} before {end[name]:>10.4f} after")
-    skipped = summary["rows"]["skipped"]
-    if skipped:
-        print(f"  rows skipped: {', '.join(f'{n} {reason}' for reason, n in skipped.items())}")
+    for name, kind in (("skipped", "rows"), ("eval_skipped", "held-out rows")):
+        if skipped := summary["rows"].get(name):
+            print(f"  {kind} skipped: {', '.join(f'{n} {reason}' for reason, n in skipped.items())}")
     print(f"run folder: {out}")
 
 

@@ -32,7 +32,9 @@ class Rows(NamedTuple):
 
     def counts(self) -> dict[str, Any]:
         """What became of the rows, for the summary."""
-        held_out = {"eval_examples": len(self.held_out)} if self.held_out is not None else {}
+        held_out: dict[str, Any] = {}
+        if self.held_out is not None:
+            held_out = {"eval_examples": len(self.held_out), "eval_skipped": self.held_out.report.skipped}
         return {**(self.train.report.to_dict() if self.train is not None else {}), **held_out}
 
     def line(self) -> str:

@@ -25,7 +25,7 @@ class Outcome(NamedTuple):
     """One run. status: finished, failed or missing. reason: why it failed.
 
     quality: the metric on the held-out rows at the end. seconds_to_target: of training, until an evaluation reached
-    the target; None where none did or there is no target.
+    the target; None where none did or there is no target. held_out: rows that quality was measured on.
     """
 
     label: str
@@ -36,6 +36,7 @@ class Outcome(NamedTuple):
     seconds_to_target: float | None = None
     figures: dict[str, float | None] = {}  # noqa: RUF012
     devices: str = ""
+    held_out: int | None = None
 
 
 class Row(NamedTuple):
@@ -85,6 +86,10 @@ class Standings(NamedTuple):
                 "batch and scratch. Speed and time leave out compiling, evaluation and saving."]  # fmt: skip
         if self.section.target is not None:
             said.append("Time to the target is that of the first evaluation that reached it.")
+        counts = {r.label: r.held_out for r in self.runs if r.held_out is not None}
+        if len(set(counts.values())) > 1:
+            each = ", ".join(f"{label} {count}" for label, count in counts.items())
+            said.append(f"Methods were measured on different held-out rows ({each}): do not compare their quality.")
         if len(self.devices) > 1:
             said.append(f"Runs ran on different devices ({'; '.join(self.devices)}): do not compare their speeds.")
         elif self.devices:
@@ -178,7 +183,10 @@ def outcome(run: compare.Run, section: compare.CompareSection) -> Outcome:
         seconds = to_target(found, folder.read_rows(out / "metrics.jsonl"), section)
         if not math.isfinite(quality):
             return Outcome(run.label, run.seed, "failed", f"{section.metric} is {quality}", None, None, figures)
-        return Outcome(run.label, run.seed, "finished", "", quality, seconds, figures, found.get("devices", ""))
+        held_out = found.get("rows", {}).get("eval_examples")
+        return Outcome(
+            run.label, run.seed, "finished", "", quality, seconds, figures, found.get("devices", ""), held_out
+        )
     if failure(out).is_file():
         note = json.loads(failure(out).read_text(encoding="utf-8"))
         return Outcome(run.label, run.seed, "failed", " ".join(note["reason"].split()))
