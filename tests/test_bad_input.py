@@ -197,6 +197,12 @@ DATA = [
         ["data.template", "'text'", "prompt_completion"],
         write("train.jsonl", '{"text": "red cat"}\n'),
     ),
+    Case(
+        "exact match of texts",
+        train("evaluation.exact_match=true", "data.eval_path=DIR/train.jsonl"),
+        ["evaluation.exact_match", "'text'", "prompt_completion"],
+        write("train.jsonl", '{"text": "red cat"}\n'),
+    ),
     Case("only skipped rows", train("data.on_bad_row=skip"), ["no usable rows"], only_bad),
     Case(
         "more labels than outputs",

@@ -48,6 +48,7 @@ def judge(parts: assemble.Parts) -> Callable[[paths.Params, Any, Any], dict[str,
     if not config.data.eval_path:
         raise errors.ConfigError("no rows to evaluate on: set data.eval_path")
     held_out = rows.read_held_out(config, parts.tokenizer, parts.model_config.kind, parts.prompt)
+    samples.check_match(parts, held_out)
     sizes = settings.batches(config, parts.mesh)
     one = step.make_step(parts.model, parts.method, parts.objective, optax.identity(), mesh=parts.mesh)
     batches = rows.evaluation_batches(config, held_out, sizes, parts.tokenizer)

@@ -103,8 +103,7 @@ def prepare(config: schema.Config, configs: list[schema.Config]) -> Ready:
     opened = assemble.opened(config.model_copy(update={"method": largest}))
     data = rows.read(config, opened.tokenizer, opened.model_config.kind, opened.prompt)
     parts = assemble.parts(config, opened, num_labels=len(data.labels), mesh=mesh)
-    samples.check_prompts(parts, data)
-    samples.check_best(parts)
+    samples.check(parts, data)
     own = members.each_parts(parts, configs)
     beside = teacher.arrays(parts, data.train)
     if teacher.on_policy(parts, data.train) is not None:

@@ -115,6 +115,26 @@ def formed(parts: assemble.Parts, prompt: str, turns: bool = False) -> list[int]
     return list(virtual.reader(parts.tokenizer, inside)(text)["input_ids"])
 
 
+def check(parts: assemble.Parts, found: rows.Rows) -> None:
+    """Raises ConfigError on what the config wants measured or said and cannot be."""
+    check_prompts(parts, found)
+    check_best(parts)
+    check_match(parts, found)
+
+
+def check_match(parts: assemble.Parts, found: rows.Rows) -> None:
+    """Raises ConfigError where exact match is asked for, and there is no answer to match."""
+    read = found.held_out
+    if not parts.config.evaluation.exact_match or read is None:
+        return
+    if not generates(parts) or read.report.format not in ANSWERED:
+        raise errors.ConfigError(
+            f"evaluation.exact_match is true, and rows of the format {read.report.format!r} with "
+            f"objective.name: {parts.config.objective.name} have no answer that is generated; expected causal_lm and "
+            f"{' or '.join(ANSWERED)}"
+        )
+
+
 def check_prompts(parts: assemble.Parts, found: rows.Rows) -> None:
     """Raises ConfigError on a prompt of the config that the model cannot answer."""
     for i, prompt in enumerate(parts.config.generation.prompts if generates(parts) else ()):
