@@ -131,6 +131,7 @@ CONFIGS = [
     Case("keys missing", train(), ["output_dir: required", "data: required"], write("my.yaml", "method: full")),
     Case("wrong type", train("train.max_steps=soon"), ["train.max_steps", "integer", "'soon'"]),
     Case("out of range", train("train.learning_rate=-1"), ["train.learning_rate", "greater than 0"]),
+    Case("no finite rate", train("train.learning_rate=.inf"), ["train.learning_rate", "finite"]),
     Case("another tool's key", train("train.fp16=true"), ["model.dtype"]),
     Case("unknown choice", train("data.on_bad_row=ignore"), ["data.on_bad_row", "'error' or 'skip'"]),
     Case("two warm-ups", train("train.warmup_steps=1", "train.warmup_ratio=0.1"), ["not both"]),

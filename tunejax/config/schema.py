@@ -177,7 +177,7 @@ class DistillSection(Section):
 class TrainSection(Section):
     """The optimisation, and what is written while it runs."""
 
-    learning_rate: float = Field(2e-4, gt=0)
+    learning_rate: float = Field(2e-4, gt=0, allow_inf_nan=False)
     max_steps: int | None = Field(None, ge=1, description="overrides num_train_epochs")
     num_train_epochs: float | None = Field(None, gt=0, description="3 unless max_steps is given")
     train_batch_size: int | None = Field(

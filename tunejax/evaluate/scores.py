@@ -9,4 +9,4 @@ def with_perplexity(scores: Mapping[str, float]) -> dict[str, float]:
     if "loss" not in scores:
         return dict(scores)
     loss = scores["loss"]
-    return {**scores, "perplexity": math.exp(loss) if loss < 709 else math.inf}
+    return {**scores, "perplexity": math.inf if loss >= 709 else math.exp(loss)}
