@@ -206,6 +206,9 @@ def test_what_does_not_fit():
     ]:
         with pytest.raises(error, match=message):
             pipeline.make_loader(made, **{"batch_size": 4, **opts})
+    rare = corpus.load(corpus.Source([{"text": "abc"}] * 3, 0.1), toys.characters())
+    with pytest.raises(errors.DataError, match=r"the weights draw 0\.1 of 3 rows; raise data\.path's weight"):
+        pipeline.make_loader(rare, batch_size=4)
     rows = [{"prompt": "a", "completion": "b"}]
     pairs = corpus.load(rows, toys.characters())
     with pytest.raises(errors.ConfigError, match="'wrapped' splits examples"):

@@ -198,6 +198,11 @@ def make_loader(
         batch_size, length, strategy, seed, shuffle, group_by_length, drop_last, chosen, corpus.options.front
     )
     batches = plan.Plan(corpus, settings)
+    if len(batches.rows(0)) == 0:
+        weights = ", ".join(f"{weight:g} of {count}" for count, weight in corpus.parts)
+        raise errors.DataError(
+            f"no row is drawn in an epoch: the weights draw {weights} rows; raise data.path's weight"
+        )
     if batches.batches(0) == 0:
         raise errors.DataError(f"{len(batches.rows(0))} rows do not fill one batch of {batch_size} (drop_last)")
     return Loader(
