@@ -151,6 +151,7 @@ def test_a_changed_config_is_refused_and_nothing_is_lost(world, capsys):
     said = capsys.readouterr().err
     assert "compare.methods.mine: " in said
     assert "train.learning_rate: 0.1 there, 0.2 now" in said
+    assert f"remove {world[0] / 'out' / 'runs' / 'mine' / 'seed_0'} to make this run anew" in said
     assert (world[0] / "out" / "results.json").read_bytes() == before
 
 

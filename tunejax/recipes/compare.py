@@ -63,7 +63,7 @@ def check(comparison: compare.Comparison) -> None:
     if out.exists() and not (out.is_dir() and ((out / RECORD).is_file() or not any(out.iterdir()))):
         raise errors.ConfigError(f"output_dir {out} is there and not of a comparison (it has no {RECORD})")
     for run in comparison.runs:
-        with _named(run.label):
+        with _named(run.label, f" Or remove {run.config.output_dir} to make this run anew."):
             folder.claim(run.config)
     runtime.begin()
     for run in {r.label: r for r in comparison.runs}.values():
@@ -171,8 +171,8 @@ def missed(run: compare.Run) -> list[str]:
 
 
 @contextmanager
-def _named(label: str) -> Iterator[None]:
+def _named(label: str, advice: str = "") -> Iterator[None]:
     try:
         yield
     except errors.TunejaxError as e:
-        raise type(e)(f"compare.methods.{label}: {e}") from None
+        raise type(e)(f"compare.methods.{label}: {e}{advice}") from None
