@@ -215,6 +215,14 @@ def test_mistakes_are_one_message_before_anything_is_written(world, tmp_path, ch
     assert not out.exists()
 
 
+def test_bad_rows_are_no_methods_failure(world, tmp_path, capsys):
+    data = worlds.jsonl(tmp_path / "rows.jsonl", [*worlds.ROWS, {"prompt": "red ?", "completion": ""}])
+    command = ["compare", str(world[0] / "cmp.yaml"), f"output_dir={tmp_path / 'out'}", f"data.path={data}"]
+    assert cli.main(command) == 2
+    assert "rows.jsonl:9: empty 'completion'" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_configs_of_runs_and_comparisons_are_told_apart(world, tmp_path, capsys):
     assert cli.main(["compare", str(world[0] / "my.yaml")]) == 2
     assert "has no section 'compare'" in capsys.readouterr().err

@@ -20,7 +20,7 @@ import yaml
 from tunejax.config import compare, schema
 from tunejax.core import errors
 from tunejax.data.options import LABELLED
-from tunejax.recipes import assemble, folder, outcome, runtime, samples, settings, standings, train, validate
+from tunejax.recipes import assemble, folder, outcome, rows, runtime, samples, settings, standings, train, validate
 
 RECORD = "compare.yaml"
 
@@ -30,6 +30,7 @@ def main(args: argparse.Namespace) -> int:
     comparison = compare.load_comparison(args.config, args.overrides)
     runs = chosen(comparison, args.only)
     check(comparison)
+    check_rows(runs)
     begin(comparison)
     stopped = run_all(comparison, runs)
     found = standings.collect(comparison)
@@ -90,6 +91,17 @@ def check_method(config: schema.Config, metric: str) -> None:
         raise errors.ConfigError(f"compare.metric: {metric!r} is not measured. {errors.did_you_mean(metric, known)}")
 
 
+def check_rows(runs: list[compare.Run]) -> None:
+    """The rows of the first run that is to be made, as the others mostly have them: bad ones are no method's failure.
+
+    Raises:
+      DataError: a row or file that cannot be used.
+    """
+    for run in [r for r in runs if to_be_made(r)][:1]:
+        opened = assemble.opened(run.config)
+        rows.read(run.config, opened.tokenizer, opened.model_config.kind, opened.prompt)
+
+
 def score_names(parts: assemble.Parts) -> list[str]:
     """The scores that a run of these parts may have in its summary, each with "eval_" before it."""
     found = set(samples.evaluated(parts))
@@ -110,7 +122,7 @@ def begin(comparison: compare.Comparison) -> None:
 
 def run_all(comparison: compare.Comparison, runs: list[compare.Run]) -> str:
     """Makes the runs that are not finished or failed. Returns the signal that stopped it, or ""."""
-    todo = [r for r in runs if not finished(r) and not failure(r).is_file()]
+    todo = [r for r in runs if to_be_made(r)]
     if len(todo) < len(runs):
         print(f"{len(runs) - len(todo)} of {len(runs)} runs are there already")
     for run in runs:
@@ -160,6 +172,11 @@ def failure(run: compare.Run) -> Path:
 def finished(run: compare.Run) -> bool:
     """Whether it has a summary."""
     return (Path(run.config.output_dir) / "summary.json").is_file()
+
+
+def to_be_made(run: compare.Run) -> bool:
+    """Whether it has neither ended nor failed."""
+    return not finished(run) and not failure(run).is_file()
 
 
 def missed(run: compare.Run) -> list[str]:
