@@ -10,7 +10,7 @@ import trains
 import yaml
 
 from tunejax.core import paths
-from tunejax.core.method import Context
+from tunejax.core.method import Context, chain
 from tunejax.methods import lora, registry
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "add_a_method.md"
@@ -74,3 +74,12 @@ def test_the_example_with_state(tmp_path, monkeypatch):
     assert method.axes(m.axes, train)[q] == m.axes[q]
     _, end = trains.run(method, steps=5, remat="none")
     assert 0 < sum(int(x.sum()) for x in end.state["mask"].values()) < 0.12 * sum(x.size for x in train.values())
+
+
+def test_the_examples_chain(tmp_path, monkeypatch):
+    low_rank, sparse = built(0, "my_method.py", tmp_path, monkeypatch), built(1, "my_sparse.py", tmp_path, monkeypatch)
+    m, p = tiny.model(), tiny.params()
+    for both in (chain(low_rank, sparse), chain(sparse, low_rank)):
+        start = both.init(jax.random.key(0), p)
+        bound = tiny.outputs(m, both.bind(p, start.train, start.state, Context()))
+        np.testing.assert_allclose(bound, tiny.outputs(m, p), atol=1e-6)
