@@ -98,7 +98,8 @@ def _row(name: str) -> Row:
     hub = portable.hub_of(module, name)
     counts = table.table(shapes, learning(method, start.train), start.edits)
     mask = start.state.get("mask") if isinstance(start.state, Mapping) else None
-    kept = sum(x.size for x in jax.tree.leaves(mask)) * (parameters["density"].default if mask else 1.0)
+    density = parameters["density"].default if "density" in parameters else 1.0
+    kept = density * sum(x.size for x in jax.tree.leaves(mask))
     share = kept / counts.total if mask else counts.share
     return Row(
         name,
