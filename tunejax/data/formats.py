@@ -208,7 +208,8 @@ def _rendered(row: Row, key: str, fields: Mapping[str, Any], template: str | Non
         value = fields.get(name)
         if not isinstance(value, str):
             found = bad.kind(value) if name in fields else ", ".join(row.fields)
-            rejects.add(bad.MISSING, row.source, f"the template needs text in {name!r}; found {found}")
+            near = "" if name in fields else errors.did_you_mean(name, row.fields)
+            rejects.add(bad.MISSING, row.source, f"the template needs text in {name!r}; found {found}. {near}".rstrip())
             return None
     return templates.filled(template, fields.get)
 

@@ -94,6 +94,11 @@ def opened(config: schema.Config, method: Method | None = None) -> Opened:
         raise errors.ConfigError(
             f"the tokenizer has {len(tokenizer)} tokens and the model {found.vocab_size}: it belongs to another model"
         )
+    if (config.data.eos_token_id or 0) >= found.vocab_size:
+        raise errors.ConfigError(
+            f"data.eos_token_id is {config.data.eos_token_id}, and {config.model.path} has {found.vocab_size} tokens: "
+            f"0 to {found.vocab_size - 1}"
+        )
     shape = model_shape(config, with_layers(config, found), None)
     if method is None:
         head = config.model.head or "lm"
