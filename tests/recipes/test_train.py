@@ -218,6 +218,10 @@ def test_classification_keeps_the_head_that_it_drew(world):
     np.testing.assert_array_equal(head, saved)
     assert jax.numpy.isfinite(head).all()
     assert cli.main(["generate", str(out), "--prompt", "red"]) == 2
+    assert cli.main(["export", str(out), "--output", str(world / "labels_hf")]) == 0
+    said = json.loads((world / "labels_hf" / "config.json").read_text())
+    assert said["id2label"] == {"0": "cold", "1": "warm"}
+    assert said["label2id"] == {"cold": 0, "warm": 1}
 
 
 @pytest.mark.parametrize(("multiple", "expected"), [(None, {32}), (6, {12}), (64, {64})])

@@ -13,6 +13,7 @@ from tunejax.interop import adapter_folders, hf
 from tunejax.interop import found as found_lib
 from tunejax.methods import registry
 from tunejax.models.config import ModelConfig
+from tunejax.models.families import common
 from tunejax.recipes import adapter, assemble, folder
 
 
@@ -62,6 +63,8 @@ def open_run(text: str, changes: list[str] | None = None, beside: Tuned | None =
         raw["data"]["format"] = found.info.get("row_format")  # likewise; rows that are named anew may have another
     config = load.check(raw, str(path / "config.yaml"))
     parts = assemble.parts(config, assemble.opened(config), num_labels=found.info.get("num_labels"))
+    if config.model.head == "classification":  # what is exported says what its classes are
+        parts = parts._replace(model_config=common.with_labels(parts.model_config, config.data.labels or ()))
     loaded = _loaded(parts, beside)
     adapter.check_base(found, loaded.base)
     params = paths.replace(loaded.params, _fresh(found, loaded))

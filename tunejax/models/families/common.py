@@ -1,7 +1,8 @@
 """What the families' declarations share: reading config.json with clear errors, and writing back what was not read."""
 
+import dataclasses
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from tunejax.core import errors
@@ -103,6 +104,15 @@ def all_or_none(config: ModelConfig) -> bool:
             "config.json says yes or no for q, k, v and o together"
         )
     return config.attention_bias[0]
+
+
+def with_labels(config: ModelConfig, labels: Sequence[str]) -> ModelConfig:
+    """``config`` whose classes have these names, as config.json will say; as it is where they are not one a class."""
+    if len(labels) != config.num_labels:
+        return config
+    names = Frozen({str(i): name for i, name in enumerate(labels)})
+    extra = {**dict(config.extra), "id2label": names}
+    return dataclasses.replace(config, extra=tuple(sorted(extra.items())))
 
 
 def written(
