@@ -24,7 +24,7 @@ def main() -> int:
     args = parser.parse_args()
     codes = [subprocess.run(command(task, args), cwd=ROOT).returncode for task in args.tasks]
     if any(codes) or args.limit or args.only or len(args.tasks) < len(TASKS):
-        return max(codes)
+        return max(map(abs, codes))  # negative: the signal that ended it
     return subprocess.run([sys.executable, str(HERE / "goals.py")], cwd=ROOT).returncode
 
 

@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import pytest
@@ -72,3 +73,13 @@ def test_the_goals_judge_what_was_measured(monkeypatch, tmp_path, capsys):
     assert goals.main() == 1
     assert "NOT MET trec: not measured" in capsys.readouterr().out
     sys.modules.pop("goals")
+
+
+def test_a_comparison_that_a_signal_ended_is_no_success(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "experiments" / "peft"))
+    import run
+
+    codes = iter([-9, 0, 0])
+    monkeypatch.setattr(run.subprocess, "run", lambda *a, **k: SimpleNamespace(returncode=next(codes)))
+    monkeypatch.setattr(sys, "argv", ["run.py"])
+    assert run.main() == 9
