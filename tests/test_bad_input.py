@@ -150,6 +150,11 @@ CONFIGS = [
         train("train.metric_for_best_model=acuracy"),
         ["train.metric_for_best_model: 'eval_acuracy'", "Did you mean 'eval_accuracy'"],
     ),
+    Case(
+        "unknown metric, validated",
+        ["validate", "CONFIG", "train.metric_for_best_model=acuracy"],
+        ["Did you mean 'eval_accuracy'"],
+    ),
     Case("unknown schedule", train("train.lr_scheduler_type=cosin"), ["'cosin'", "cosine"]),
     Case("unknown objective", train("objective.name=seq2seq"), ["objective.name", "causal_lm"]),
     Case(
