@@ -92,14 +92,19 @@ def check_method(config: schema.Config, metric: str) -> None:
 
 
 def check_rows(runs: list[compare.Run]) -> None:
-    """The rows of the first run that is to be made, as the others mostly have them: bad ones are no method's failure.
+    """The rows as the first method that is to be run has them: a bad one is mostly no method's failure.
+
+    A method with virtual tokens is passed over, since whether rows fit beside these is its own matter.
 
     Raises:
-      DataError: a row or file that cannot be used.
+      DataError: a row or file that cannot be used, naming the method.
     """
-    for run in [r for r in runs if to_be_made(r)][:1]:
+    for label, run in {r.label: r for r in runs if to_be_made(r)}.items():
         opened = assemble.opened(run.config)
-        rows.read(run.config, opened.tokenizer, opened.model_config.kind, opened.prompt)
+        if not opened.prompt:
+            with _named(label):
+                rows.read(run.config, opened.tokenizer, opened.model_config.kind)
+            return
 
 
 def score_names(parts: assemble.Parts) -> list[str]:
