@@ -2,13 +2,15 @@
 
 import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import peft_pair
 import pytest
 
 from tunejax.core import low_rank
-from tunejax.methods import dora
+from tunejax.core import method as methods
+from tunejax.methods import dora, registry
 
 
 @pytest.mark.parametrize("family", peft_pair.FAMILIES)
@@ -35,3 +37,18 @@ def test_the_formula():
     np.testing.assert_allclose(op(jnp.asarray(x), jnp.asarray(bias)), expected, atol=1e-5)
     np.testing.assert_allclose(x @ op.dense() + bias, expected, atol=1e-5)
     assert op.shape == (5, 7)
+
+
+def test_a_bias_that_a_method_before_scales_stays_scaled():
+    rng = np.random.default_rng(1)
+    w, bias, scales, x = (rng.standard_normal(s).astype(np.float32) for s in ((4, 3), 3, 3, (2, 4)))
+    params = {"w": {"kernel": jnp.asarray(w), "bias": jnp.asarray(bias)}}
+    ia3 = registry.build({"name": "ia3", "targets": "w/kernel"})
+    method = methods.chain(ia3, dora.dora("w/kernel", rank=1))
+    scaled = {"w/kernel": {"after": jnp.asarray(scales)}}
+    second = method.parts[1].init(jax.random.key(0), ia3.bind(params, scaled, {}, methods.Context()))
+    train, state = {"0:ia3": scaled, "1:dora": second.train}, {"0:ia3": {}, "1:dora": {}}
+    bound, merged = method.bind(params, train, state, methods.Context())["w"], method.merge(params, train, state)["w"]
+    expected = (x @ w + bias) * scales
+    np.testing.assert_allclose(bound["kernel"](jnp.asarray(x), bound["bias"]), expected, atol=1e-5)
+    np.testing.assert_allclose(x @ merged["kernel"] + merged["bias"], expected, atol=1e-5)

@@ -142,12 +142,12 @@ def dense(kernel: Any) -> jax.Array:
 def dense_bias(kernel: Any, bias: jax.Array) -> jax.Array:
     """The bias [..., out] beside `dense`: ``op(x, bias) == x @ op.dense() + dense_bias(op, bias)``.
 
-    An operator that changes the bias has a method of this name; for any other, that of its ``base`` holds.
+    An operator that changes the bias has a method of this name; for any other, that of what is `beneath` it holds.
     """
     if not is_operator(kernel):
         return bias
     own = getattr(kernel, "dense_bias", None)
-    return dense_bias(getattr(kernel, "base", None), bias) if own is None else own(bias)
+    return dense_bias(beneath(kernel), bias) if own is None else own(bias)
 
 
 def densify(params: paths.Params) -> paths.Params:

@@ -47,7 +47,7 @@ class DoRA(operators.Above):
         """x [..., in] -> [..., out]."""
         norm = jax.lax.stop_gradient(column_norms(self.inner))
         out = self.inner(x) * (self.m / norm).astype(x.dtype)
-        return out if bias is None else out + bias.astype(x.dtype)
+        return out if bias is None else out + operators.dense_bias(self.inner, bias).astype(x.dtype)
 
     def dense(self) -> jax.Array:
         """The columns of the inner kernel, at their magnitudes."""
