@@ -81,6 +81,22 @@ def test_a_bias_that_a_method_before_scales_stays_scaled():
     np.testing.assert_allclose(merged["bias"], np.full(4, 2.0))
 
 
+@pytest.mark.parametrize(
+    "before",
+    [{"name": "houlsby", "width": 4}, {"name": "parallel_adapter", "width": 4}, {"name": "loreft", "rank": 2}],
+    ids=lambda spec: spec["name"],
+)
+def test_what_stands_before_boft_still_reads_its_bias(before):
+    m, p = tiny.model(tiny.BERT, "mlm"), tiny.params(tiny.BERT, "mlm")
+    first, second = registry.build(before), registry.build({"name": "boft"})
+    start, rng = first.init(jax.random.key(0), p), np.random.default_rng(3)
+    train = jax.tree.map(lambda x: x + 0.1 * jnp.asarray(rng.standard_normal(x.shape), jnp.float32), start.train)
+    bound = first.bind(p, train, start.state, oft.Context())
+    fresh = second.init(jax.random.key(1), bound)
+    both = second.bind(bound, fresh.train, fresh.state, oft.Context())
+    np.testing.assert_allclose(tiny.outputs(m, both), tiny.outputs(m, bound), atol=1e-5)
+
+
 def test_the_exact_cayley_transform_is_orthogonal():
     raw = np.random.default_rng(0).standard_normal((2, 5, 5)).astype(np.float32)
     r = oft.cayley(jnp.asarray(raw - raw.swapaxes(1, 2)))

@@ -77,8 +77,12 @@ class Rotated(operators.Above):
             x = butterfly(x, self.blocks[i].astype(x.dtype), i)
         if self.s is None:
             return operators.apply(self.base, x, bias)
-        out = operators.apply(self.base, x) * self.s.astype(x.dtype)
-        return out if bias is None else out + operators.dense_bias(self.base, bias).astype(x.dtype)
+        out, s = operators.apply(self.base, x, bias), self.s.astype(x.dtype)
+        if bias is None:
+            return out * s
+        # The base gets the bias, for it may read what it adds to; s is not the bias's.
+        own = operators.dense_bias(self.base, bias).astype(x.dtype)
+        return (out - own) * s + own
 
     def dense(self) -> jax.Array:
         """R times the kernel, the columns scaled; in float32, rounded once to the type of the base."""

@@ -59,6 +59,11 @@ class Beside:
         """Raises NotLinear: the model has no room for a wider kernel."""
         raise errors.NotLinear("a parallel adapter widens the MLP, which no kernel of its shape does")
 
+    def dense_bias(self, bias: jax.Array) -> jax.Array:
+        """bias [..., out] -> [..., out + width]: the added part has its own, within."""
+        own = operators.dense_bias(self.base, bias)
+        return jnp.pad(own, [(0, 0)] * (own.ndim - 1) + [(0, self.width)])
+
     @property
     def shape(self) -> tuple[int, ...]:
         """[..., in, out + width]."""
