@@ -9,7 +9,7 @@ import pytest
 import tiny
 
 from tunejax.core import errors
-from tunejax.methods import lora_init
+from tunejax.methods import lora_init, registry
 
 NAMES = ("pissa", "olora")
 
@@ -82,3 +82,11 @@ def test_pissa_takes_the_best_approximation():
 def test_a_rank_beyond_the_kernel_is_refused():
     with pytest.raises(errors.TargetError, match=r"rank is 17.*\(3, 16, 24\)"):
         lora_init.pissa("mlp/up/kernel", rank=17).init(jax.random.key(0), tiny.params())
+
+
+@pytest.mark.parametrize("name", ["pissa", "olora", "dora"])
+def test_a_kernel_that_has_no_values_is_named(name):
+    second = {"name": name, "rank": 2, "targets": "mlp/down/kernel"}
+    method = registry.build([{"name": "pfeiffer", "width": 4}, second])
+    with pytest.raises(errors.TargetError, match=f"{name} .* of layers/0/mlp/down/kernel, .*; put {name} first"):
+        jax.eval_shape(method.init, jax.random.key(0), tiny.params())

@@ -277,7 +277,7 @@ def per_site(
         sites = paths.select(params, targets, layers=layers).leaves
         if kernels:
             paths.check_kernels(name, sites)
-        made = {p: _as_site(new(path_key(key, p), kernel)) for p, kernel in sites.items()}
+        made = {p: _begun(name, new, path_key(key, p), p, kernel) for p, kernel in sites.items()}
         common = _as_site(shared(path_key(key, SHARED), sites) if shared else {})
         train = {p: s.train for p, s in made.items()} | ({SHARED: common.train} if common.train else {})
         state = {p: s.state for p, s in {**made, SHARED: common}.items() if s.state}
@@ -303,6 +303,17 @@ def per_site(
 
     named = (targets,) if isinstance(targets, str) else tuple(targets)
     return method(name, init, bind, axes=site_axes, cuts=cuts, targets=named, rates=site_rates, **others)
+
+
+def _begun(name: str, new: Callable[[Any, Any], dict[str, Any] | Site], key: Any, path: Path, kernel: Any) -> Site:
+    """What ``new`` makes at ``path``. Raises TargetError where that starts from the values of what has none."""
+    try:
+        return _as_site(new(key, kernel))
+    except errors.NotLinear:
+        raise errors.TargetError(
+            f"{name} starts from the values of {path}, and what a method before it put there is no kernel; "
+            f"put {name} first"
+        ) from None
 
 
 def _as_site(made: dict[str, Any] | Site) -> Site:
