@@ -7,7 +7,7 @@ import tiny
 from tunejax.core import errors, paths
 from tunejax.core import method as methods
 from tunejax.core.method import Context
-from tunejax.methods import bitfit
+from tunejax.methods import bitfit, registry
 
 KEY = jax.random.key(0)
 
@@ -58,3 +58,18 @@ def test_axes_shapes_and_types():
     axes = method.axes(tiny.model(tiny.BERT, "mlm").axes, train)
     assert axes["layers/0/attention/q/bias"] == ("layers", "heads")
     methods.apply_edits(p, method.init(KEY, p).edits)
+
+
+@pytest.mark.parametrize("before", [{"name": "parallel_adapter", "width": 4}, {"name": "mam", "length": 2, "width": 4}])
+def test_a_kernel_that_was_made_wider_has_a_bias_of_the_models_width(before):
+    m, p = tiny.model(), tiny.params()
+    method = registry.build([before, {"name": "bitfit"}])
+    start = method.init(KEY, p)
+    *_, last = start.train
+    assert start.train[last]["layers/0/mlp/gate/bias"].shape == (3, 24)
+    without = registry.build(before)
+    alone = without.init(KEY, p)
+    expected = tiny.outputs(m, without.bind(p, alone.train, alone.state, Context()))
+    np.testing.assert_allclose(
+        tiny.outputs(m, method.bind(p, start.train, start.state, Context())), expected, atol=1e-6
+    )

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from tunejax.core import errors, paths
+from tunejax.core import errors, operators, paths
 from tunejax.core import method as methods
 from tunejax.core.method import Method, Start
 from tunejax.core.paths import Params, Path
@@ -51,7 +51,10 @@ def _matching(params: Params, patterns: list[str], layers: str | int | None, *, 
 def _zeros(params: Mapping[str, Any], path: Path) -> Any:
     """Zeros [layers, out] for the empty bias at ``path``, or None where no kernel stands beside it."""
     kernel = paths.get(params, path.rpartition("/")[0]).get("kernel")
-    return None if kernel is None else jnp.zeros((*kernel.shape[:-2], kernel.shape[-1]), jnp.float32)
+    if kernel is None:
+        return None
+    *lead, _, fan_out = operators.innermost(kernel).shape  # a method before may have made it wider
+    return jnp.zeros((*lead, fan_out), jnp.float32)
 
 
 def _nothing(params: Params, patterns: list[str], fill_empty: bool) -> str:
