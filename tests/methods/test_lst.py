@@ -160,6 +160,13 @@ def test_cached_decoding():
     np.testing.assert_array_equal(new, np.asarray(logits(bound, whole, seen)).argmax(-1)[:, 5:-1])
 
 
+def test_the_kernel_behind_a_gate_is_the_models():
+    p = tiny.params()
+    alone = registry.build(SPEC).init(KEY, p).train["ladder"]["blocks"]
+    above = registry.build([{"name": "gated", "method": {"name": "lora", "rank": 2}}, SPEC]).init(KEY, p)
+    jax.tree.map(np.testing.assert_array_equal, above.train["1:lst"]["ladder"]["blocks"], alone)
+
+
 def test_above_other_methods_and_what_is_refused():
     p = tiny.params()
     for first in ({"name": "quantize"}, {"name": "prefix_tuning", "length": 2}, {"name": "parallel_adapter"}):

@@ -86,7 +86,7 @@ def _plain(leaf: Any) -> Any:
         try:
             leaf = operators.dense(leaf)
         except errors.NotLinear:
-            leaf = getattr(leaf, "base", None)
+            leaf = operators.beneath(leaf)
     return leaf
 
 
