@@ -467,11 +467,12 @@ def test_prompts_are_written_and_read_back(kind, tmp_path):
     np.testing.assert_allclose(prompted(config, head, again, again.bind(params, train, {}, Context())), mine, atol=1e-6)
 
 
-def test_theirs_with_a_prompt_is_read(tmp_path):
+@pytest.mark.parametrize("network", [{}, {"prefix_projection": True, "encoder_hidden_size": 6}], ids=["", "projected"])
+def test_theirs_with_a_prompt_is_read(network, tmp_path):
     torch.manual_seed(0)
     folder = tmp_path / "base"
     llama().save_pretrained(folder)
-    options = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 5}
+    options = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 5, **network}
     theirs = randomised(peft.get_peft_model(their_model(folder, "lm"), peft.PrefixTuningConfig(**options)))
     theirs.save_pretrained(tmp_path / "adapter")
     config, params = hf.read_config(folder), loaded(folder, "lm")

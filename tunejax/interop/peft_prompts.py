@@ -72,8 +72,8 @@ def read(
     if rows is None or rows.ndim != 2 or rows.shape[1] != wanted:
         there = f"it holds {', '.join(tensors)}" if rows is None else f"its shape is {rows.shape}"
         raise errors.CheckpointError(f"{file}: expected {KEY} of shape (tokens, {wanted}) for this model; {there}")
-    if found.get("prefix_projection") or found.get("num_transformer_submodules") not in (None, 1):
-        raise errors.CheckpointError(f"{file}: prefix_projection and models of several parts are not known here")
+    if found.get("num_transformer_submodules") not in (None, 1):
+        raise errors.CheckpointError(f"{file}: models of several parts are not known here")
     spec = {"name": name, "length": rows.shape[0]}
     if not prefix:
         return spec, {Site(TABLE, modules.OUTSIDE): {"rows": rows}}
