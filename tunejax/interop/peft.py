@@ -1,6 +1,7 @@
 """Adapter folders of HF PEFT, written: adapter_config.json and adapter_model.safetensors.
 
-Keys are "base_model.model.<module>.<tensor>", in torch's layout, without the adapter's name. What a method's arrays are
+Keys are "base_model.model.<module>.<tensor>", in torch's layout, without the adapter's name; beside a prompt, which
+wraps no module of the model, "base_model.<module>.<tensor>". What a method's arrays are
 called there its module says in ``PEFT`` (`core.portable.Form`), so a method of a user's own file is written too.
 What trains whole (`full`, `last_k`, `bitfit`) goes as PEFT's ``modules_to_save``: the whole of each module it touches.
 """
@@ -22,7 +23,7 @@ from tunejax.models.config import ModelConfig
 
 WEIGHTS, PREFIX = "adapter_model.safetensors", "base_model.model."
 SHARED_PREFIX = "base_model."
-"""Of tensors that belong to no module of the base."""
+"""Of tensors that belong to no module of the base, and of all beside a prompt."""
 TASKS = {"lm": "CAUSAL_LM", "classification": "SEQ_CLS"}
 HEADS = {"classification": ("/classifier/*", "/head/kernel")}
 """What PEFT saves with every adapter for that task, trained or not."""
@@ -93,7 +94,11 @@ def write(folder: Path, tuned: Tuned, config: ModelConfig, *, head: str, base_na
         form, values = slots[0]
         arrays, settings = _slotted(form, values, world)
         whole = {p: x for p, x in whole.items() if p not in values}
-    saved, kept = _modules(whole, world)
+    if prompts and peft_prompts.looks_up(settings) and peft_prompts.TABLE in whole:
+        raise errors.ConfigError(
+            f"{peft_prompts.TABLE} trains, and behind a prompt PEFT reads that of the base: it would be left out"
+        )
+    saved, kept = _modules(whole, world, SHARED_PREFIX if prompts else PREFIX)
     both = [m for m in kept if any(k.startswith(f"{PREFIX}{m}.") for k in arrays)]
     if both:
         raise errors.ConfigError(
@@ -241,7 +246,7 @@ def _slotted(
     form: portable.Whole, values: Mapping[str, Any], world: World
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """(tensors by key, settings) of modules that train whole and have a type of their own."""
-    saved, names = _modules(values, world._replace(head=""))
+    saved, names = _modules(values, world._replace(head=""), PREFIX)
     tensors = {}
     for key, x in saved.items():
         module, _, name = key.rpartition(".")
@@ -249,7 +254,7 @@ def _slotted(
     return tensors, {"peft_type": form.peft_type, "target_modules": names}
 
 
-def _modules(whole: Mapping[str, Any], world: World) -> tuple[dict[str, np.ndarray], list[str]]:
+def _modules(whole: Mapping[str, Any], world: World, prefix: str) -> tuple[dict[str, np.ndarray], list[str]]:
     """(tensors by key, names) of the modules of which something trains whole, and of the task's head."""
     flat = {**paths.flatten(world.base), **whole}
     flat = {p: x for p, x in flat.items() if operators.is_array(x)}
@@ -273,4 +278,4 @@ def _modules(whole: Mapping[str, Any], world: World) -> tuple[dict[str, np.ndarr
     if peft_prompts.TABLE in whole and tied is not None:  # what PEFT saves whole no longer shares its weights
         kept[f"{tied}.weight"] = np.asarray(whole[peft_prompts.TABLE])
         wanted.append(tied)
-    return {PREFIX + k: x for k, x in kept.items()}, wanted
+    return {prefix + k: x for k, x in kept.items()}, wanted

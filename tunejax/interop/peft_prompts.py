@@ -34,6 +34,11 @@ def sizes(config: ModelConfig, prefix: bool) -> Sizes:
     return Sizes(config.embed_dim, config.num_heads, config.num_layers)
 
 
+def looks_up(settings: Mapping[str, Any]) -> bool:
+    """Whether PEFT looks up the text itself, to put rows before it: always in the table that the base came with."""
+    return settings["peft_type"] in READ and READ[settings["peft_type"]] == "prompt_tuning"
+
+
 def write(name: str, form: portable.Prompt, train: Any, config: ModelConfig) -> Written:
     """The tensors and settings of a method that trains virtual tokens or a prefix.
 

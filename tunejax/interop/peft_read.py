@@ -95,10 +95,14 @@ def read(folder: Path, config: ModelConfig, *, head: str) -> Found:
 
 def _prompt(folder: Path, found: dict[str, Any], config: ModelConfig, head: str) -> Found:
     """A folder of virtual tokens or of a prefix, perhaps with modules that trained whole."""
-    tensors = _tensors(folder, config, head)
+    tensors = _tensors(folder, config, head, SHARED_PREFIX)
     spec, sites = peft_prompts.read(found, tensors, folder / WEIGHTS, config)
     specs, arrays = [spec], [sites]
     whole = _placed(folder, {k: x for k, x in tensors.items() if k != peft_prompts.KEY}, config, head)
+    if peft_prompts.looks_up(found) and Site(peft_prompts.TABLE, modules.OUTSIDE) in whole:
+        raise errors.CheckpointError(
+            f"{folder / WEIGHTS}: its table trained, and PEFT reads that of the base behind a prompt"
+        )
     for extra, some in found_lib.whole_specs("full", whole, config):
         specs.append(extra)
         arrays.append(some)
@@ -232,13 +236,16 @@ def _sorted(folder: Path, config: ModelConfig, head: str, form: portable.Form) -
     return adapted, whole, shared
 
 
-def _tensors(folder: Path, config: ModelConfig, head: str) -> dict[str, np.ndarray]:
+def _tensors(folder: Path, config: ModelConfig, head: str, prefix: str = PREFIX) -> dict[str, np.ndarray]:
     """The tensors of a folder, without a tied head's, which PEFT saves beside the table.
+
+    prefix: of modules' tensors there; here they have `PREFIX`.
 
     Raises:
       CheckpointError: as `found.tensors`; table and head trained apart: a model that ties them can hold one.
     """
     tensors = found_lib.tensors(folder / WEIGHTS)
+    tensors = {PREFIX + k.removeprefix(prefix) if k.startswith(prefix) else k: x for k, x in tensors.items()}
     tied = modules.tied_head(config, head)
     place = modules.places(config, head).get(Site(peft_prompts.TABLE, modules.OUTSIDE))
     if tied is None or place is None:
