@@ -123,3 +123,18 @@ def test_a_table_that_trains_behind_a_prompt_is_refused(bases, tmp_path):
     peft.get_peft_model(their_model("llama", bases["llama"]), config).save_pretrained(tmp_path / "b")
     with pytest.raises(errors.CheckpointError, match="trained"):
         read(tmp_path / "b", bases["llama"], "lm")
+
+
+def test_a_task_without_prompts_in_peft_is_refused(tmp_path):
+    """PEFT computes as if there were no prompt where it knows no task."""
+    model = transformers.BertForMaskedLM(transformers.BertConfig(**SIZES)).eval()
+    model.save_pretrained(tmp_path / "base")
+    without = their_logits(model)
+    settings = peft.PromptTuningConfig(num_virtual_tokens=3, token_dim=16, num_layers=2, num_attention_heads=4)
+    prompted = peft.PeftModel(model, settings)  # as `from_pretrained` makes it
+    np.testing.assert_array_equal(their_logits(prompted.eval()), without)
+    config, spec = hf.read_config(tmp_path / "base"), {"name": "prompt_tuning", "length": 3}
+    method, (params, _) = registry.build(spec), hf.load(tmp_path / "base", config, head="mlm")
+    tuned = ours.Tuned([spec], method, params, method.init(jax.random.key(0), params).train, {})
+    with pytest.raises(errors.ConfigError, match="for CAUSAL_LM, SEQ_CLS only"):
+        ours.write(tmp_path / "a", tuned, config, head="mlm", base_name="b")

@@ -88,6 +88,8 @@ def write(folder: Path, tuned: Tuned, config: ModelConfig, *, head: str, base_na
     if len(prompts) > 1 or (prompts and adapters):
         other = adapters[0].name if adapters else "another prompt"
         raise errors.ConfigError(f"PEFT keeps one kind of adapter in a folder; here is a prompt and {other}")
+    if prompts and head not in TASKS:
+        raise errors.ConfigError(f"PEFT puts a prompt before the text for {', '.join(TASKS.values())} only")
     if prompts or adapters:
         arrays, settings = prompts[0] if prompts else _adapter(adapters, world)
     else:
