@@ -397,6 +397,16 @@ def test_an_alpha_that_is_not_said_is_pefts_own(written):
     assert found.specs[0]["alpha"] == 8.0
 
 
+@pytest.mark.parametrize("base", ["llama"], indirect=True)
+def test_an_alpha_that_dora_does_not_say_is_pefts_own(base, tmp_path):
+    their_adapter(base, "dora").save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / ours.CONFIG).read_text())
+    del settings["lora_alpha"]
+    (tmp_path / ours.CONFIG).write_text(json.dumps(settings))
+    theirs = peft.PeftModel.from_pretrained(their_model(*base), tmp_path).eval()
+    np.testing.assert_allclose(read(tmp_path, *base)[0], their_logits(theirs), atol=1e-5, rtol=1e-5)
+
+
 def test_a_tensor_without_a_place_is_named(written):
     adapter, folder, head = written
     tensors = safetensors.load_file(adapter / ours.WEIGHTS)

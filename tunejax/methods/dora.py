@@ -28,6 +28,7 @@ PEFT = portable.Form(
         "m": tensors["lora_magnitude_vector"],
     },
     entries=low_rank.ENTRIES,
+    absent=low_rank.PEFT.absent,
     flags={"use_dora": True},
     patterns=True,
 )
