@@ -108,3 +108,6 @@ def test_bad_arguments():
         prune.prune("attention/q/kernel", pattern="1:3").init(jax.random.key(0), tiny.params())
     with pytest.raises(errors.TargetError, match="it needs a kernel"):
         prune.prune("norm/scale").init(jax.random.key(0), tiny.params())
+    above = registry.build([{"name": "pfeiffer", "width": 4}, {"name": "prune"}])
+    with pytest.raises(errors.TargetError, match="prune targets layers/0/mlp/down/kernel, and what a method before it"):
+        jax.eval_shape(above.init, jax.random.key(0), tiny.params())

@@ -66,7 +66,7 @@ def prune(
 
     Raises:
       ConfigError: an argument out of range; from init: an input that is no multiple of m.
-      TargetError (from init): nothing matched, or what matched is no kernel.
+      TargetError (from init): nothing matched, or what matched is no kernel, or an adapter that is none stands there.
     """
     plan = gradual.Plan(schedule, steps, begin, every)
     n, m = _pattern(pattern)
@@ -80,6 +80,7 @@ def prune(
         kernels = paths.select(params, targets, layers=layers).leaves
         paths.check_kernels("prune", kernels)
         for path, kernel in kernels.items():
+            _check_dense(path, kernel)
             if kernel.shape[-2] % m:
                 raise errors.ConfigError(
                     f"prune: pattern {pattern!r} does not divide the input of {path}, {kernel.shape[-2]}"
@@ -112,6 +113,16 @@ def prune(
         "prune", init, bind, update=update, cuts=lambda depth: methods.layer_cuts(layers, depth), targets=named,
         updates=plan.ends,
     )  # fmt: skip
+
+
+def _check_dense(path: str, kernel: Any) -> None:
+    """Raises TargetError where what stands at ``path`` has no entries that could be masked."""
+    try:
+        jax.eval_shape(operators.dense, kernel)
+    except errors.NotLinear:
+        raise errors.TargetError(
+            f"prune targets {path}, and what a method before it put there is no kernel; target other kernels"
+        ) from None
 
 
 def _pattern(text: str | None) -> tuple[int, int]:
