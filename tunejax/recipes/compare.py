@@ -20,7 +20,7 @@ import yaml
 from tunejax.config import compare, schema
 from tunejax.core import errors
 from tunejax.data.options import LABELLED
-from tunejax.recipes import assemble, folder, outcome, rows, runtime, samples, settings, standings, train, validate
+from tunejax.recipes import assemble, folder, measured, outcome, rows, runtime, settings, standings, train, validate
 
 RECORD = "compare.yaml"
 
@@ -85,7 +85,7 @@ def check_method(config: schema.Config, metric: str) -> None:
     parts = assemble.parts(config, opened)
     settings.batches(config, parts.mesh)
     settings.optimizer(config, total_steps=1000)
-    samples.check_best(parts)
+    measured.check_best(parts)
     known = score_names(parts)
     if metric not in known:
         raise errors.ConfigError(f"compare.metric: {metric!r} is not measured. {errors.did_you_mean(metric, known)}")
@@ -109,10 +109,10 @@ def check_rows(runs: list[compare.Run]) -> None:
 
 def score_names(parts: assemble.Parts) -> list[str]:
     """The scores that a run of these parts may have in its summary, each with "eval_" before it."""
-    found = set(samples.evaluated(parts))
+    found = set(measured.evaluated(parts))
     if parts.config.objective.name not in LABELLED:
         found.add("eval_perplexity")
-    if samples.may_match(parts.config):
+    if measured.may_match(parts.config):
         found.add("eval_exact_match")
     return sorted(found)
 

@@ -13,7 +13,7 @@ import optax
 
 from tunejax.config import load, schema
 from tunejax.core import errors, paths
-from tunejax.recipes import artefact, assemble, folder, rows, runtime, samples, settings
+from tunejax.recipes import artefact, assemble, folder, measured, rows, runtime, samples, settings
 from tunejax.train import state, step
 
 
@@ -48,7 +48,7 @@ def judge(parts: assemble.Parts) -> Callable[[paths.Params, Any, Any], dict[str,
     if not config.data.eval_path:
         raise errors.ConfigError("no rows to evaluate on: set data.eval_path")
     held_out = rows.read_held_out(config, parts.tokenizer, parts.model_config.kind, parts.prompt)
-    samples.check_match(parts, held_out)
+    measured.check_match(parts, held_out)
     sizes = settings.batches(config, parts.mesh)
     one = step.make_step(parts.model, parts.method, parts.objective, optax.identity(), mesh=parts.mesh)
     batches = rows.evaluation_batches(config, held_out, sizes, parts.tokenizer)

@@ -14,10 +14,11 @@ from tunejax.config import schema
 from tunejax.core import errors, paths, table
 from tunejax.core.model import key_shape
 from tunejax.methods import report
-from tunejax.recipes import (
+from tunejax.recipes import (  # fmt: skip
     adapter,
     assemble,
     folder,
+    measured,
     members,
     outcome,
     rows,
@@ -26,7 +27,7 @@ from tunejax.recipes import (
     settings,
     teacher,
     train,
-)  # fmt: skip
+)
 from tunejax.train import checkpoint, loop, many, metrics, sharding, state, step
 
 
@@ -103,7 +104,7 @@ def prepare(config: schema.Config, configs: list[schema.Config]) -> Ready:
     opened = assemble.opened(config.model_copy(update={"method": largest}))
     data = rows.read(config, opened.tokenizer, opened.model_config.kind, opened.prompt)
     parts = assemble.parts(config, opened, num_labels=len(data.labels), mesh=mesh)
-    samples.check(parts, data)
+    measured.check(parts, data)
     own = members.each_parts(parts, configs)
     beside = teacher.arrays(parts, data.train)
     if teacher.on_policy(parts, data.train) is not None:

@@ -10,7 +10,19 @@ from tunejax.config import load, schema
 from tunejax.core import method, paths, table
 from tunejax.core.model import key_shape
 from tunejax.methods import report
-from tunejax.recipes import adapter, assemble, folder, latency, outcome, rows, runtime, samples, settings, teacher
+from tunejax.recipes import (
+    adapter,
+    assemble,
+    folder,
+    latency,
+    measured,
+    outcome,
+    rows,
+    runtime,
+    samples,
+    settings,
+    teacher,
+)
 from tunejax.train import checkpoint, loop, metrics, on_policy, sharding, state, step
 
 
@@ -78,7 +90,7 @@ def prepare(config: schema.Config) -> Ready:
     opened = assemble.opened(config)
     data = rows.read(config, opened.tokenizer, opened.model_config.kind, opened.prompt)
     parts = assemble.parts(config, opened, num_labels=len(data.labels), mesh=mesh)
-    samples.check(parts, data)
+    measured.check(parts, data)
     beside, writes = teacher.arrays(parts, data.train), teacher.on_policy(parts, data.train)
     loaders = rows.loaders(config, data, sizes, parts.tokenizer, beside)
     total = settings.total_steps(config, loaders.train.plan.steps)

@@ -11,7 +11,7 @@ from tunejax.core.model import key_shape
 from tunejax.data import rows
 from tunejax.interop import tensors
 from tunejax.methods import report
-from tunejax.recipes import assemble, folder, latency, members, runtime, samples, settings
+from tunejax.recipes import assemble, folder, latency, measured, members, runtime, settings
 
 
 def main(args: argparse.Namespace) -> None:
@@ -22,7 +22,7 @@ def main(args: argparse.Namespace) -> None:
     runtime.begin()
     parts = assemble.parts(config, assemble.opened(config))
     settings.batches(config, parts.mesh)
-    samples.check_best(parts)
+    measured.check_best(parts)
     stored = tensors.open_folder(parts.folder)
     settings.optimizer(config, total_steps=1000)
     if config.many:
