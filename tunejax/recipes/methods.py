@@ -98,9 +98,10 @@ def _row(name: str) -> Row:
     hub = portable.hub_of(module, name)
     counts = table.table(shapes, learning(method, start.train), start.edits)
     mask = start.state.get("mask") if isinstance(start.state, Mapping) else None
-    density = parameters["density"].default if "density" in parameters else 1.0
-    kept = density * sum(x.size for x in jax.tree.leaves(mask))
-    share = kept / counts.total if mask else counts.share
+    share = counts.share
+    if mask:
+        density = parameters["density"].default if "density" in parameters else 1.0
+        share = density * sum(x.size for x in jax.tree.leaves(mask)) / counts.total
     return Row(
         name,
         CITATION.sub("", opening).partition(". ")[0].rstrip("."),
