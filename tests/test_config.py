@@ -72,6 +72,12 @@ def test_every_problem_is_in_one_message_with_its_full_key():
         assert part in said
 
 
+def test_a_key_of_a_source_is_hinted_by_its_place():
+    raw = {"output_dir": "x", "data": {"path": [{"path": "a", "wieght": 2}]}, "method": "none"}
+    with pytest.raises(errors.ConfigError, match=r"path\.0\.wieght: unknown key. Did you mean 'data\.path\.0\.weight'"):
+        load.check(raw)
+
+
 @pytest.mark.parametrize("name", ["learning_rate", "packing", "max_length", "remat"])
 def test_a_known_key_in_the_wrong_section_is_pointed_to_the_right_one(name):
     right = {"learning_rate": "train", "packing": "data", "max_length": "data", "remat": "model"}[name]

@@ -202,3 +202,21 @@ def test_errors_are_listed_together(tmp_path):
         rows.read_rows(path)
     with pytest.raises(errors.ConfigError, match="Did you mean 'skip'"):
         bad.BadRows("skp")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("imdb", True),
+        ("owner/name-2.5", True),
+        ("owner/name.v2:main", True),
+        ("train.jsonl", False),
+        ("data/train.xlsx", False),
+        ("./name", False),
+        ("../name", False),
+        ("/data/name", False),
+        ("a/b/c", False),
+    ],
+)
+def test_what_may_be_a_hub_id(text, expected):
+    assert rows.is_hub_id(text) == expected

@@ -162,6 +162,13 @@ def test_a_glob_of_files_is_valid(world, capsys):
     assert "data.path.0: no file matches" in capsys.readouterr().err
 
 
+def test_a_hub_id_is_no_missing_file(world, capsys):
+    changes = ["validate", str(world / "my.yaml"), f"output_dir={world / 'fresh'}"]
+    assert cli.main([*changes, "data.path=owner/name-2.5"]) == 0
+    assert cli.main([*changes, "data.path=./name"]) == 2
+    assert "data.path.0: no file name" in capsys.readouterr().err
+
+
 def test_a_result_outside_the_expected_range_is_told(world, capsys):
     assert cli.main(["train", str(world / "my.yaml"), "expected={eval_loss: [0, 0.001], eval_los: [0, 1]}"]) == 1
     said = capsys.readouterr().err

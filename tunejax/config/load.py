@@ -3,7 +3,7 @@
 import re
 import types
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -178,8 +178,8 @@ def keys(section: type[BaseModel] = schema.Config, prefix: str = "") -> list[str
 
 
 def _model_of(annotation: Any) -> type[BaseModel] | None:
-    optional = isinstance(annotation, types.UnionType)  # a section that may be left out
-    for one in get_args(annotation) if optional else [annotation]:
+    several = isinstance(annotation, types.UnionType) or get_origin(annotation) is list
+    for one in get_args(annotation) if several else [annotation]:  # a section that may be left out, or stand often
         if isinstance(one, type) and issubclass(one, BaseModel):
             return one
     return None

@@ -53,16 +53,17 @@ def _source(path: Any, rejects: bad.BadRows, split: str, separator: str | None) 
         return _dataset(text, split)
     if is_glob(text):
         return _glob(local, rejects, separator)
-    if _is_hub_id(text):
+    if is_hub_id(text):
         return _dataset(text, split)
     there = [p.name for p in local.parent.iterdir()] if local.parent.is_dir() else []
     near = errors.did_you_mean(local.name, there) if there else f"There is no folder {local.parent} either."
     raise errors.DataError(f"no file at {path}. {near}")
 
 
-def _is_hub_id(text: str) -> bool:
-    known = text.removesuffix(".gz").endswith(tuple(files.READERS))
-    return not known and re.fullmatch(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?", text) is not None
+def is_hub_id(text: str) -> bool:
+    """Whether a path that is no file may be a data set of the hub: owner/name-2.5, or owner/name:subset."""
+    ending = re.search(r"\.[A-Za-z]{2}\w*$", text)
+    return not ending and re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?(:[\w.-]+)?", text) is not None
 
 
 def is_glob(text: str) -> bool:

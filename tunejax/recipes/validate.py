@@ -42,10 +42,11 @@ def check_files(config: load.schema.Config) -> None:
     problems = []
     named = [(f"data.path.{i}", s.path) for i, s in enumerate(config.data.path)]
     for key, text in [*named, *([("data.eval_path", config.data.eval_path)] if config.data.eval_path else [])]:
-        path = Path(locate.locate(text))
-        if not path.exists() and rows.is_glob(str(path)):
+        located = locate.locate(text)
+        path = Path(located)
+        if not path.exists() and rows.is_glob(located):
             problems += _unmatched(key, path)
-        elif not path.exists() and (path.suffix or text.startswith((".", "/", "~"))):
+        elif not path.exists() and not rows.is_hub_id(located):
             near = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
             problems.append(f"{key}: no file {path}. {errors.did_you_mean(path.name, near)}".strip())
     if problems:
