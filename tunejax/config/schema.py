@@ -18,7 +18,7 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 class Section(BaseModel):
-    """A part of the config: unknown keys are refused, defaults are checked, nothing is coerced from another type."""
+    """A part of the config: unknown keys are refused, defaults are checked, and text that says a number is one."""
 
     model_config = ConfigDict(extra="forbid", validate_default=True, protected_namespaces=())
 
