@@ -80,16 +80,21 @@ def jsonl(path: Path, rejects: bad.BadRows, separator: str | None = None) -> Ite
             at = f"{e.msg}, column {e.colno}" if isinstance(e, json.JSONDecodeError) else str(e)
             rejects.add(bad.MALFORMED, source, f"malformed JSON ({at}). Expected one object a line")
             continue
-        if _usable(value, line, source, rejects):
+        if _usable(value, _escapes(line), source, rejects):
             yield Row(value, source)
 
 
-def _usable(value: Any, text: str, source: str, rejects: bad.BadRows) -> bool:
-    """Whether a JSON value is a row: an object whose strings are text. text: that it was read from, or more."""
+def _escapes(text: str) -> bool:
+    """Whether JSON has the escape of half a character; nearly no text does."""
+    return SURROGATE.search(text) is not None
+
+
+def _usable(value: Any, escaped: bool, source: str, rejects: bad.BadRows) -> bool:
+    """Whether a JSON value is a row: an object whose strings are text. escaped: as `_escapes`, of what it stood in."""
     if not isinstance(value, dict):
         rejects.add(bad.TYPE, source, f"wrong type: expected an object, found {bad.kind(value)}")
         return False
-    if not SURROGATE.search(text):
+    if not escaped:
         return True
     try:
         json.dumps(value, ensure_ascii=False).encode()
@@ -124,8 +129,9 @@ def json_list(path: Path, rejects: bad.BadRows, separator: str | None = None) ->
         start, value = _inner_list(path, text, value)
     if not isinstance(value, list):
         raise errors.DataError(f"{path}: expected a list of objects, found {bad.kind(value)}")
+    escaped = _escapes(text)
     for item, number in zip(value, _element_lines(text, start), strict=True):
-        if _usable(item, text, f"{path}:{number}", rejects):
+        if _usable(item, escaped, f"{path}:{number}", rejects):
             yield Row(item, f"{path}:{number}")
 
 

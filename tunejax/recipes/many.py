@@ -14,7 +14,7 @@ from tunejax.config import schema
 from tunejax.core import errors, paths, table
 from tunejax.core.model import key_shape
 from tunejax.methods import report
-from tunejax.recipes import (  # fmt: skip
+from tunejax.recipes import (
     adapter,
     assemble,
     folder,
