@@ -108,3 +108,9 @@ def test_cuts_join():
 def test_a_site_needs_a_kernel():
     with pytest.raises(errors.TargetError, match="needs a kernel"):
         shift("s", "/norm/scale").init(KEY, tiny.params())
+
+
+def test_a_start_is_what_init_returns():
+    other = methods.method("mine", lambda key, params: {"w": jnp.ones(3)}, lambda params, *_: params)
+    with pytest.raises(errors.ConfigError, match="method 'mine': init returned dict, expected a Start"):
+        other.init(KEY, tiny.params())

@@ -12,6 +12,7 @@ import worlds
 
 from tunejax import cli
 from tunejax.data import teacher_cache
+from tunejax.recipes import distill_cache
 
 QUICK = ("data.eval_path=null", "train.max_steps=3", "train.logging_steps=1", "train.learning_rate=0.01")
 
@@ -135,6 +136,15 @@ def test_what_cannot_be_read_is_told(world, here, capsys):
     assert write(here, section, "data.max_rows=3") == 2
     assert "holds another cache" in capsys.readouterr().err
     assert not (here / "none").exists()
+
+
+def test_batches_are_padded_to_the_configs_multiple(world, here, monkeypatch):
+    """Rows of eight tokens: by default 16, the whole of data.max_length."""
+    seen, cut = set(), distill_cache._cut
+    monkeypatch.setattr(distill_cache, "_cut", lambda s, b, n: (seen.add(b["tokens"].shape[1]), cut(s, b, n))[1])
+    section = f"{{teacher: {world / 'big'}, cache: {here / 'c'}, top_k: 20}}"
+    assert write(here, section, "data.pad_to_multiple_of=4", *QUICK) == 0
+    assert seen == {8}
 
 
 def test_a_teacher_with_virtual_tokens_is_refused(world, here, capsys):

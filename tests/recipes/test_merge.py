@@ -27,6 +27,8 @@ RUNS = {
     ],
     "upper": {"name": "full", "targets": "mlp/up/kernel", "layers": "1:"},
     "adapter": {"name": "pfeiffer", "width": 2},
+    "biases": "bitfit",
+    "filled": {"name": "bitfit", "fill_empty": True},
 }
 
 
@@ -128,6 +130,14 @@ def test_chains_combine_part_by_part(runs, tmp_path):
     assert [s["name"] for s in found.parts.config.method] == ["lora", "full"]
     one, two = (changes(artefact.open_run(str(runs / n))) for n in ("whole", "three"))
     equal(changes(found), {p: x + 2 * two[p] for p, x in one.items()})
+
+
+def test_one_method_may_be_spelled_in_several_ways(runs, tmp_path):
+    found = merged(runs, tmp_path / "out", ["biases", "filled"], "--weights", "1", "2")
+    one, two = (artefact.open_run(str(runs / n)).train for n in ("biases", "filled"))
+    assert max(np.abs(x).max() for x in two.values()) > 1e-2
+    for p, x in found.train.items():
+        np.testing.assert_allclose(x, one[p] + 2 * two[p], atol=1e-6, err_msg=p)
 
 
 def test_weights_of_any_methods_and_segments_combine(runs, tmp_path):

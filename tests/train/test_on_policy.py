@@ -17,7 +17,7 @@ OPTIONS = on_policy.Options(
     max_new_tokens=6,
     sampling=sampling.Sampling(temperature=1.5),
     stop_tokens=(STOP,),
-    max_length=64,
+    buckets=(32, 64),
     seed=3,
 )
 

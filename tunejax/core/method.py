@@ -111,14 +111,24 @@ def method(
     prefix: int = 0,
     updates: int = 0,
 ) -> Method:
-    """A `Method` from the two functions that every one has; the others default to keeping, to 0 and to densifying."""
+    """A `Method` from the two functions that every one has; the others default to keeping, to 0 and to densifying.
+
+    Raises (from init):
+      ConfigError: ``init`` returned something else than a `Start`.
+    """
 
     def merge_bound(params: Params, train: PyTree, state: PyTree) -> Params:
         return operators.densify(bind(params, train, state, Context()))
 
+    def started(key: Any, params: Params) -> Start:
+        found = init(key, params)
+        if not isinstance(found, Start):
+            raise errors.ConfigError(f"method {name!r}: init returned {type(found).__name__}, expected a Start")
+        return found
+
     return Method(
         name=name,
-        init=init,
+        init=started,
         bind=bind,
         update=update or (lambda train, state, grads, ctx: state),
         penalty=penalty or (lambda train, state, ctx: jnp.zeros((), jnp.float32)),

@@ -15,6 +15,12 @@ def left_padded(prompts: Sequence[Sequence[int]], width: int) -> tuple[np.ndarra
     return tokens, mask
 
 
+def until_stop(ids: Sequence[int], stop_tokens: Sequence[int]) -> list[int]:
+    """What was said: the tokens before the first of ``stop_tokens``; what follows it is padding."""
+    stops = np.flatnonzero(np.isin(ids, stop_tokens))
+    return [int(i) for i in ids[: stops[0] if len(stops) else None]]
+
+
 def prompts(batch: Mapping[str, np.ndarray], virtual: int = 0) -> list[list[int]]:
     """Of each row, the tokens up to the first one that is in the loss, which is not among them.
 

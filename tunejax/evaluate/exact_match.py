@@ -1,7 +1,7 @@
 """Exact match: generate what follows each prompt, and compare with what should."""
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,17 +28,25 @@ class Answer(NamedTuple):
     correct: bool
 
 
-def task(tokens: np.ndarray, targets: np.ndarray, loss_weights: np.ndarray, tokenizer: Any) -> Task:
+def task(
+    tokens: np.ndarray,
+    targets: np.ndarray,
+    loss_weights: np.ndarray,
+    tokenizer: Any,
+    stop_tokens: Sequence[int] = (),
+) -> Task:
     """The prompt and the expected text of an example: what stands before its first loss-bearing run, and that run.
 
     Args:
       tokens, targets, loss_weights: [length], aligned: ``targets[i]`` is what position i predicts.
+      tokenizer: of the model.
+      stop_tokens: one of these at the end is no part of the expected text.
     """
     bearing = np.flatnonzero(loss_weights > 0)
     first = int(bearing[0])
     gaps = np.flatnonzero(np.diff(bearing) > 1)
     last = int(bearing[gaps[0]]) if len(gaps) else int(bearing[-1])
-    expected = targets[first : last + 1].tolist()
+    expected = targets[first : last + (targets[last] not in stop_tokens)].tolist()
     text = tokenizer.decode(expected, skip_special_tokens=True)
     return Task(tokens[: first + 1].tolist(), text)
 
@@ -47,7 +55,7 @@ def answers(generate: Any, tasks: Iterable[Task], tokenizer: Any, *, batch_size:
     """Generates for every task, and compares.
 
     Args:
-      generate: (tokens [batch, length] int32, attention_mask) -> new tokens [batch, new], padded after a stop token.
+      generate: (tokens [batch, length] int32, attention_mask) -> for each row what is said, ids without a stop token.
       tasks: in any order; answers come in the same one.
       tokenizer: of the model.
       batch_size: rows at a time; the last batch is filled up, so that one shape serves.
@@ -58,7 +66,7 @@ def answers(generate: Any, tasks: Iterable[Task], tokenizer: Any, *, batch_size:
     for i in range(0, len(tasks), batch_size):
         some = tasks[i : i + batch_size]
         tokens, mask = left_padded([t.prompt for t in some] + [[0]] * (batch_size - len(some)), width)
-        new = np.asarray(generate(tokens, mask))[: len(some)]
+        new = generate(tokens, mask)[: len(some)]
         for t, row in zip(some, new, strict=True):
             said = tokenizer.decode([int(x) for x in row], skip_special_tokens=True)
             prompt = tokenizer.decode(t.prompt, skip_special_tokens=True)

@@ -19,6 +19,10 @@ PLAIN, WHOLE = "lora", "full"
 """Methods that keep changes of kernels as products, and that keep whole values."""
 
 
+Called = tuple[str, dict[str, Any]]
+"""A method's name and every argument, defaults included: runs may spell one method in several ways."""
+
+
 class How(NamedTuple):
     """How changes are made one: as of `combine.combine`, or `STACKED`."""
 
@@ -65,7 +69,8 @@ def of_adapters(runs: list[artefact.Tuned], how: How) -> Made:
             kept: Any = {}
         else:
             starts = [_part(r, "start", i) for r in runs]
-            spec, arrays, kept = dict(ours[0]), _plain(ours, starts, train, how), _same(ours, state, "state")
+            same = [(name, arguments) for name, arguments, _ in called]
+            spec, arrays, kept = dict(ours[0]), _plain(same, starts, train, how), _same(same, state, "state")
         for field, value in zip(out, (spec, arrays, kept), strict=True):
             field.append(value)
     return out
@@ -104,9 +109,9 @@ def _product(path: str, found: Mapping[int, Factors], scales: list[float], rank:
     return combine.combined_factors(list(found.values()), own, weights, how.name, **how.options(path))
 
 
-def _plain(specs: Sequence[Any], starts: list[Any], train: list[Any], how: How) -> Any:
+def _plain(methods: Sequence[Called], starts: list[Any], train: list[Any], how: How) -> Any:
     """Other arrays, as changes from where they began."""
-    start = _same(specs, starts, "start (their seeds)")
+    start = _same(methods, starts, "start (their seeds)")
     everyone = range(len(train))
 
     def one(where: Any, first: Any, *ends: Any) -> Any:
@@ -116,13 +121,13 @@ def _plain(specs: Sequence[Any], starts: list[Any], train: list[Any], how: How) 
     return jax.tree.map_with_path(one, start, *train)
 
 
-def _same(specs: Sequence[Mapping[str, Any]], trees: list[Any], what: str) -> Any:
-    """The one tree that all of ``trees`` are. Raises ConfigError where they differ."""
+def _same(methods: Sequence[Called], trees: list[Any], what: str) -> Any:
+    """The one tree that all of ``trees`` are. Raises ConfigError where they or the methods differ."""
     first = trees[0]
-    if any(dict(s) != dict(specs[0]) for s in specs) or not all(equal(first, t) for t in trees):
-        found = ", ".join(str(dict(s)) for s in specs)
+    if any(m != methods[0] for m in methods) or not all(equal(first, t) for t in trees):
+        found = ", ".join(str({"name": name, **arguments}) for name, arguments in methods)
         raise errors.ConfigError(
-            f"{specs[0]['name']}: the runs differ in what they are or in their {what} ({found}), so their arrays do "
+            f"{methods[0][0]}: the runs differ in what they are or in their {what} ({found}), so their arrays do "
             "not combine; --of weights does, for methods that merge into the base"
         )
     return first

@@ -4,7 +4,7 @@ The same command again goes on where a killed one stopped. Training then reads t
 """
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ from tunejax.core import digest, errors
 from tunejax.core.model import Model
 from tunejax.data import collate, teacher_cache
 from tunejax.data.corpus import Corpus
+from tunejax.data.example import Store
 from tunejax.data.packing import Piece
 from tunejax.objectives import distill
 from tunejax.recipes import assemble, rows, runtime, settings, teacher
@@ -64,12 +65,13 @@ def write(config: schema.Config) -> Found:
     missing = teacher_cache.missing(folder, where.parts)
     size = evaluation.fitting(settings.batches(config, mesh).evaluation, mesh)
     says = _teller(model, params, manifest, mesh)
+    buckets, pad_id = rows.buckets(config), parts.tokenizer.pad_token_id or 0
     masses: list[np.ndarray] = []
     done = len(store) - sum(len(where.examples(part)) for part in missing)
     with progress.Progress(len(store), done, shown=config.train.progress, what="distill-cache") as bar:
         for part in missing:
             found: dict[int, teacher_cache.Rows] = {}
-            for batch, indices in _batches(data.train, where.examples(part), size, parts.tokenizer.pad_token_id or 0):
+            for batch, indices in _batches(store, where.examples(part), size, buckets, pad_id):
                 found.update(zip(indices, _cut(says(batch), batch, len(indices)), strict=True))
                 bar.step(done + len(found))
             teacher_cache.write_part(folder, store, where, part, found)
@@ -123,9 +125,10 @@ def _teller(model: Model, params: Any, manifest: teacher_cache.Manifest, mesh: A
     return says
 
 
-def _batches(train: Corpus, inside: np.ndarray, size: int, pad_id: int) -> Iterator[tuple[dict[str, Any], list[int]]]:
+def _batches(
+    store: Store, inside: np.ndarray, size: int, buckets: Sequence[int], pad_id: int
+) -> Iterator[tuple[dict[str, Any], list[int]]]:
     """The examples, one a row and the longest first, with the indices of a batch; short batches are filled up."""
-    store, buckets = train.store, collate.default_buckets(train.options.max_length)
     longest = inside[np.argsort(-store.lengths[inside], kind="stable")]
     for at in range(0, len(longest), size):
         chosen = longest[at : at + size].tolist()

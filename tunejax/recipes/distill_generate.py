@@ -182,7 +182,7 @@ def _answers(
         np.asarray(
             decode.generate(
                 parts.model, tuned.params, tokens, mask, max_new_tokens=g.max_new_tokens, sampling=how,
-                stop_tokens=stops, pad_id=parts.tokenizer.pad_token_id or 0, key=jax.random.fold_in(key, i),
+                stop_tokens=stops, key=jax.random.fold_in(key, i),
                 prompt=_front(config, tuned),
             )
         )
@@ -190,7 +190,7 @@ def _answers(
     ]  # fmt: skip
     for i, (fields, prompt) in enumerate(some):
         for drawn in new:
-            text = _text(parts.tokenizer, prompt, drawn[i].tolist())
+            text = _text(parts.tokenizer, prompt, completions.until_stop(drawn[i], stops))
             yield answered(fields, text), bool(np.isin(drawn[i], stops).any())
 
 

@@ -87,7 +87,6 @@ def text(tuned: artefact.Tuned, prompt: list[int], how: sampling.Sampling, count
         max_new_tokens=min(count, samples.room(parts, prompt)),
         sampling=how,
         stop_tokens=stops,
-        pad_id=parts.tokenizer.pad_token_id or 0,
         key=key,
         prompt=parts.front,
     ):

@@ -11,6 +11,7 @@ import numpy as np
 from tunejax.core import combine, errors, paths
 from tunejax.core.combine import Factors
 from tunejax.core.method import Method
+from tunejax.data import completions
 from tunejax.evaluate import exact_match
 from tunejax.generate import decode, mixed, sampling
 from tunejax.methods import registry
@@ -112,10 +113,10 @@ def texts(
     left = min(samples.room(served.runs[i].parts, t) for i, t in zip(ids, tokens, strict=True))
     tokens = [[*served.runs[i].parts.front, *t] for i, t in zip(ids, tokens, strict=True)]
     width = max(map(len, tokens))
+    stops = samples.stop_tokens(first)
     new = decode.generate(
         served.model, params, *exact_match.left_padded(tokens, width), max_new_tokens=min(count, left), sampling=how,
-        stop_tokens=samples.stop_tokens(first), pad_id=first.tokenizer.pad_token_id or 0,
-        key=jax.random.key(args.seed),
+        stop_tokens=stops, key=jax.random.key(args.seed),
     )  # fmt: skip
     for row in np.asarray(new):
-        yield first.tokenizer.decode([int(x) for x in row], skip_special_tokens=True)
+        yield first.tokenizer.decode(completions.until_stop(row, stops), skip_special_tokens=True)

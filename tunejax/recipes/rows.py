@@ -135,12 +135,16 @@ def evaluation_batches(
     return lambda: pipeline.make_loader(held_out, batch_size=sizes.evaluation, shuffle=False, num_epochs=1, **common)
 
 
+def buckets(config: schema.Config) -> tuple[int, ...]:
+    """The lengths that batches are padded to."""
+    return collate.default_buckets(config.data.max_length, config.data.pad_to_multiple_of)
+
+
 def _common(config: schema.Config, tokenizer: Any) -> dict[str, Any]:
     d = config.data
-    multiple = d.pad_to_multiple_of
     return {
         "max_length": d.max_length,
-        "buckets": multiple and collate.default_buckets(d.max_length, multiple),
+        "buckets": buckets(config),
         "packing": d.packing,
         "pad_id": tokenizer.pad_token_id or 0,
         "shard_index": jax.process_index(),

@@ -68,7 +68,8 @@ class Judge(NamedTuple):
             return []
         tokenizer = self.parts.tokenizer
         examples = [self.rows.held_out.store[i] for i in range(min(limit, len(self.rows.held_out)))]
-        tasks = [exact_match.task(e.tokens, e.targets, e.loss_weights, tokenizer) for e in examples]
+        stops = stop_tokens(self.parts)
+        tasks = [exact_match.task(e.tokens, e.targets, e.loss_weights, tokenizer, stops) for e in examples]
         size = max(1, min(32, len(tasks)))
         return exact_match.answers(generator(self.parts, params), tasks, tokenizer, batch_size=size)
 
@@ -81,10 +82,7 @@ class Judge(NamedTuple):
         ids = [formed(self.parts, p, turns=self.rows.format == CHATS) for p in prompts]
         width = -(-max(map(len, ids)) // exact_match.ROUND) * exact_match.ROUND
         new = generator(self.parts, params)(*completions.left_padded(ids, width))
-        return [
-            (p, tokenizer.decode(list(map(int, r)), skip_special_tokens=True))
-            for p, r in zip(prompts, new, strict=True)
-        ]
+        return [(p, tokenizer.decode(said, skip_special_tokens=True)) for p, said in zip(prompts, new, strict=True)]
 
 
 def formed(parts: assemble.Parts, prompt: str, turns: bool = False) -> list[int]:
@@ -142,26 +140,33 @@ def before(judge: Judge, state: TrainState, base: Any, out: Path) -> dict[str, f
     return judge(state, base, out, "before")
 
 
-def generator(parts: assemble.Parts, params: Any) -> Callable[[Any, Any], Any]:
-    """(tokens [batch, length], attention_mask) -> new tokens [batch, new], by the config's generation section."""
+def generator(parts: assemble.Parts, params: Any) -> Callable[[Any, Any], list[list[int]]]:
+    """(tokens, attention_mask [batch, length]) -> what is said after each row, by the config's generation section.
+
+    It ends before the first stop token, and where the model has no further position.
+    """
     from tunejax.generate import decode, sampling
 
     g = parts.config.generation
     how = sampling.Sampling(temperature=g.temperature, top_k=g.top_k, top_p=g.top_p, min_p=g.min_p)
 
-    def generate(tokens: Any, mask: Any) -> Any:
-        return decode.generate(
+    stops = stop_tokens(parts)
+    limit = parts.model_config.max_positions - taken_before(parts)
+
+    def generate(tokens: Any, mask: Any) -> list[list[int]]:
+        new = decode.generate(
             parts.model,
             params,
             tokens,
             mask,
             max_new_tokens=g.max_new_tokens,
             sampling=how,
-            stop_tokens=stop_tokens(parts),
-            pad_id=parts.tokenizer.pad_token_id or 0,
+            stop_tokens=stops,
             key=jax.random.key(parts.config.seed),
             prompt=parts.front,
         )
+        left = limit - np.asarray(mask).sum(axis=1)
+        return [completions.until_stop(row[: max(0, n)], stops) for row, n in zip(np.asarray(new), left, strict=True)]
 
     return generate
 

@@ -199,7 +199,7 @@ def on_policy(parts: assemble.Parts, rows: Corpus | None) -> policy.Options | No
         section.max_new_tokens or parts.config.generation.max_new_tokens,
         sampling.Sampling(temperature=section.temperature),
         samples.stop_tokens(parts),
-        parts.config.data.max_length,
+        row_lib.buckets(parts.config),
         parts.tokenizer.pad_token_id or 0,
         parts.front,
         parts.config.seed,

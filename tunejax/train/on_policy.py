@@ -22,14 +22,14 @@ class Options(NamedTuple):
 
     fraction: of the steps, in which it does; in the others the rows' own completions are learned from.
     max_new_tokens, sampling, stop_tokens: see `decode.generate`. virtual: ids that every row begins with.
-    max_length: of a row.
+    buckets: lengths that its rows are padded to; the last is the longest that a row may have.
     """
 
     fraction: float
     max_new_tokens: int
     sampling: sampling.Sampling
     stop_tokens: tuple[int, ...]
-    max_length: int
+    buckets: tuple[int, ...]
     pad_id: int = 0
     virtual: tuple[int, ...] = ()
     seed: int = 0
@@ -77,15 +77,14 @@ class OnPolicy:
             max_new_tokens=o.max_new_tokens,
             sampling=o.sampling,
             stop_tokens=o.stop_tokens,
-            pad_id=o.pad_id,
             key=jax.random.fold_in(jax.random.key(o.seed), at),
             prompt=o.virtual,
         )
-        needed = min(len(o.virtual) + longest + o.max_new_tokens - 1, o.max_length)
+        needed = min(len(o.virtual) + longest + o.max_new_tokens - 1, o.buckets[-1])
         return completions.completed(
             asked,
             np.asarray(new),
-            collate.bucket(needed, collate.default_buckets(o.max_length)),
+            collate.bucket(needed, o.buckets),
             stop_tokens=o.stop_tokens,
             pad_id=o.pad_id,
             virtual=o.virtual,
