@@ -155,6 +155,21 @@ def test_theirs_is_read(base, kind, tmp_path):
     np.testing.assert_allclose(found, their_logits(theirs), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("trained", ["all", "lora_only"])
+def test_their_biases_are_read(base, trained, tmp_path):
+    folder, head = base
+    family = hf.read_config(folder).family
+    task = "SEQ_CLS" if head == "classification" else "CAUSAL_LM"
+    config = peft.LoraConfig(
+        r=2, target_modules=TARGETS[family], task_type=task, fan_in_fan_out=family == "gpt2", bias=trained
+    )
+    theirs = randomised(peft.get_peft_model(their_model(folder, head), config))
+    theirs.save_pretrained(tmp_path)
+    logits, found, _ = read(tmp_path, folder, head)
+    np.testing.assert_allclose(logits, their_logits(theirs), atol=1e-5, rtol=1e-5)
+    assert any("bias" in t for s in found.specs for t in s["targets"]) == (family != "llama")
+
+
 LAYER_NORMS = {"llama": ["input_layernorm", "norm"], "gpt2": ["ln_1", "ln_f"], "bert": ["LayerNorm"]}
 
 
@@ -183,12 +198,11 @@ OURS = {
 }  # fmt: skip
 
 
-@pytest.mark.filterwarnings("ignore:Unsupported layer type")
-@pytest.mark.parametrize("kind", OURS)
-def test_ours_is_written_and_read_back(base, kind, tmp_path):
+def written_and_read(base, specs, tmp_path):
+    """What `peft_read` finds of random arrays of a method, which PEFT and we then compute the same from."""
     folder, head = base
     config = hf.read_config(folder)
-    method = registry.build(OURS[kind])
+    method = registry.build(specs)
     cuts = method.cuts(config.num_layers)
     params, _ = hf.load(folder, config, head=head, cuts=cuts)
     start = method.init(jax.random.key(0), params)
@@ -196,13 +210,20 @@ def test_ours_is_written_and_read_back(base, kind, tmp_path):
     train = jax.tree.map(lambda x: jnp.asarray(0.1 * rng.standard_normal(x.shape), jnp.float32), start.train)
     params = apply_edits(params, start.edits)
     mine = our_logits(config, head, cuts, method.bind(params, train, start.state, Context()))
-    tuned = ours.Tuned(OURS[kind], method, params, train, start.state)
+    tuned = ours.Tuned(specs, method, params, train, start.state)
     ours.write(tmp_path, tuned, config, head=head, base_name=str(folder))
     theirs = peft.PeftModel.from_pretrained(their_model(folder, head), tmp_path).eval()
     np.testing.assert_allclose(their_logits(theirs), mine, atol=1e-5, rtol=1e-5)
     again, found, _ = read(tmp_path, folder, head)
     np.testing.assert_allclose(again, mine, atol=1e-5, rtol=1e-5)
     assert found.base == str(folder)
+    return found
+
+
+@pytest.mark.filterwarnings("ignore:Unsupported layer type")
+@pytest.mark.parametrize("kind", OURS)
+def test_ours_is_written_and_read_back(base, kind, tmp_path):
+    written_and_read(base, OURS[kind], tmp_path)
 
 
 KINDS = {
@@ -236,6 +257,34 @@ WITH_BIAS = ("boft", "dora", "hra", "ia3", "vera")
 """What is tried on BERT too: where a bias might be scaled, or modules of several shapes share."""
 FEEDFORWARD = {"llama": ["down_proj"], "bert": ["output.dense"]}
 quiet = pytest.mark.filterwarnings("ignore:Failed to load the CUDA extension", "ignore:Setting boft_n_butterfly_factor")
+
+
+BIASED = {
+    "bitfit": {"name": "bitfit"},
+    "queries": {"name": "full", "targets": "attention/q/bias"},
+    "values": {"name": "full", "targets": ["attention/v/bias", "/embed_norm/*"]},
+}
+
+
+@quiet
+@pytest.mark.parametrize(
+    ("base", "name", "beside"),
+    [
+        *(("bert", "lora", b) for b in BIASED),
+        *(("bert", n, "bitfit") for n in ("boft", "dora", "fourierft", "hra", "miss", "oft", "vera")),
+        ("gpt2", "lora", "bitfit"),
+        ("gpt2", "lora", "queries"),  # a third of a bias there
+    ],
+    indirect=["base"],
+)
+def test_biases_beside_an_adapter_are_written_and_read_back(base, name, beside, tmp_path):
+    targets = ["attention/{q,k,v}/kernel", "mlp/down/kernel"]
+    found = written_and_read(
+        base, [{"name": name, "targets": targets, **WRITTEN.get(name, {})}, BIASED[beside]], tmp_path
+    )
+    settings = json.loads((tmp_path / ours.CONFIG).read_text())
+    assert settings["bias"].endswith("_only")
+    assert {s["name"] for s in found.specs} == {name, "full"}
 
 
 def cases(kinds):
@@ -361,7 +410,6 @@ def changed(folder, **entries):
         ({"peft_type": "LORE"}, "LORA"),
         ({"peft_type": "MISS", "init_weights": "bat"}, "MISS with init_weights: 'bat' is not known here"),
         ({"use_bdlora": True}, "use_bdlora"),
-        ({"bias": "all"}, "bias"),
         ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights"),
         ({"kasa_config": {"beta": 1e-4}}, "kasa_config"),
     ],

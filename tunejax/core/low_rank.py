@@ -176,6 +176,7 @@ PEFT = portable.Form(
     entries=ENTRIES,
     absent={"alpha": 8.0},
     patterns=True,
+    biases="lora_only",
     fuse=_fuse,
     split=lambda arrays, i, of: {"a": arrays["a"], "b": np.split(arrays["b"], of, axis=1)[i]},
 )

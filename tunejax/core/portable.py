@@ -29,6 +29,7 @@ class Form(NamedTuple):
     absent:    argument -> what PEFT takes where its entry is not there, if that is not the method's own default.
     flags:     entries that set it apart from others of its type.
     patterns:  whether PEFT lets rank and alpha differ from module to module.
+    biases:    the entry ``bias`` where biases of its modules train beside it; "": the type has no such entry.
     plain:     whether PEFT has it for modules that keep kernels as [in, out] (GPT-2's).
     ignored:   entries that change nothing, or are answered by the tensors.
     written:   (arguments, arrays of each site, layers first) -> the arguments as PEFT has them.
@@ -47,6 +48,7 @@ class Form(NamedTuple):
     absent: Mapping[str, Any] = {}
     flags: Mapping[str, Any] = {}
     patterns: bool = False
+    biases: str = ""
     plain: bool = True
     ignored: frozenset[str] = frozenset()
     written: Callable[[Arguments, Sequence[Arrays]], dict[str, Any]] = _same

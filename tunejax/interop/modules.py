@@ -1,6 +1,9 @@
 """Which module of a Hugging Face model a path here belongs to, and back."""
 
+from collections.abc import Mapping
 from typing import NamedTuple
+
+import numpy as np
 
 from tunejax.core.paths import Path
 from tunejax.models import family as families
@@ -39,6 +42,22 @@ def places(config: ModelConfig, head: str) -> dict[Site, Place]:
 def _place(tensor: families.Tensor, layer: int) -> Place:
     module, _, name = tensor.theirs.replace("{i}", str(layer)).rpartition(".")
     return Place(module, name, tensor.transpose, tensor.part)
+
+
+def by_name(placed: Mapping[Site, Place]) -> dict[str, dict[Site, Place]]:
+    """Parameters by their names there; several have one where a checkpoint keeps kernels as one."""
+    out: dict[str, dict[Site, Place]] = {}
+    for site, place in placed.items():
+        out.setdefault(f"{place.module}.{place.name}", {})[site] = place
+    return out
+
+
+def taken(place: Place, array: np.ndarray) -> np.ndarray:
+    """What a parameter there holds for the one here, as it is kept here."""
+    i, of = place.part
+    width = array.shape[-1] // of
+    part = array[..., i * width : (i + 1) * width]
+    return part.T if place.transpose else part
 
 
 def tied_head(config: ModelConfig, head: str) -> str | None:

@@ -6,7 +6,7 @@ called there its module says in ``PEFT`` (`core.portable.Form`), so a method of 
 What trains whole (`full`, `last_k`, `bitfit`) goes as PEFT's ``modules_to_save``: the whole of each module it touches.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +24,8 @@ from tunejax.models.config import ModelConfig
 WEIGHTS, PREFIX = "adapter_model.safetensors", "base_model.model."
 SHARED_PREFIX = "base_model."
 """Of tensors that belong to no module of the base, and of all beside a prompt."""
+BASE_BIAS = ".base_layer.bias"
+"""The end of the name of an adapted module's own bias."""
 TASKS = {"lm": "CAUSAL_LM", "classification": "SEQ_CLS"}
 HEADS = {"classification": ("/classifier/*", "/head/kernel")}
 """What PEFT saves with every adapter for that task, trained or not."""
@@ -100,7 +102,10 @@ def write(folder: Path, tuned: Tuned, config: ModelConfig, *, head: str, base_na
         raise errors.ConfigError(
             f"{peft_prompts.TABLE} trains, and behind a prompt PEFT reads that of the base: it would be left out"
         )
-    saved, kept = _modules(whole, world, SHARED_PREFIX if prompts else PREFIX)
+    adapted = {m for part in adapters for m in settings["target_modules"] if part.form.biases}
+    saved, kept = _modules(whole, world, SHARED_PREFIX if prompts else PREFIX, adapted)
+    if any(k.endswith(BASE_BIAS) for k in saved):
+        settings["bias"] = adapters[0].form.biases
     both = [m for m in kept if any(k.startswith(f"{PREFIX}{m}.") for k in arrays)]
     if both:
         raise errors.ConfigError(
@@ -256,28 +261,43 @@ def _slotted(
     return tensors, {"peft_type": form.peft_type, "target_modules": names}
 
 
-def _modules(whole: Mapping[str, Any], world: World, prefix: str) -> tuple[dict[str, np.ndarray], list[str]]:
-    """(tensors by key, names) of the modules of which something trains whole, and of the task's head."""
+def _modules(
+    whole: Mapping[str, Any], world: World, prefix: str, adapted: Set[str] = frozenset()
+) -> tuple[dict[str, np.ndarray], list[str]]:
+    """(tensors by key, names) of the modules of which something trains whole, and of the task's head.
+
+    adapted: modules that cannot be saved whole; their biases are, apart.
+    """
     flat = {**paths.flatten(world.base), **whole}
     flat = {p: x for p, x in flat.items() if operators.is_array(x)}
     touched = set(whole) | {p for p in flat if any(paths.matches(g, p) for g in HEADS.get(world.head, ()))}
-    values: dict[str, np.ndarray] = {}
+    values: dict[str, dict[int, np.ndarray]] = {}
     wanted: list[str] = []
+    biases: set[str] = set()
     for path, leaf in flat.items():
         ours, first = modules.canonical(path, world.starts)
         for row in range(leaf.shape[0] if first >= 0 else 1):
             place = world.places.get(Site(ours, first + row if first >= 0 else modules.OUTSIDE))
-            if place is None or place.part[1] > 1:
+            if place is None:
                 if path in whole:
                     raise errors.ConfigError(f"{path} trains whole, and PEFT can save whole modules only")
                 continue
             array = np.asarray(leaf[row] if first >= 0 else leaf)
-            values[f"{place.module}.{place.name}"] = array.T if place.transpose else array
-            if path in touched and place.module not in wanted:
+            name = f"{place.module}.{place.name}"
+            values.setdefault(name, {})[place.part[0]] = array.T if place.transpose else array
+            if path in touched and place.module in adapted and place.name == "bias":
+                biases.add(name)
+            elif path in touched and place.module not in wanted:
                 wanted.append(place.module)
-    kept = {k: x for k, x in values.items() if k.rpartition(".")[0] in wanted}
+    kept = {k: _joined(x) for k, x in values.items() if k.rpartition(".")[0] in wanted}
+    kept |= {k.removesuffix(".bias") + BASE_BIAS: _joined(values[k]) for k in biases}
     tied = modules.tied_head(world.config, world.head)
     if peft_prompts.TABLE in whole and tied is not None:  # what PEFT saves whole no longer shares its weights
         kept[f"{tied}.weight"] = np.asarray(whole[peft_prompts.TABLE])
         wanted.append(tied)
     return {prefix + k: x for k, x in kept.items()}, wanted
+
+
+def _joined(parts: Mapping[int, np.ndarray]) -> np.ndarray:
+    """A parameter of a checkpoint from the ones here that it holds."""
+    return np.concatenate([parts[i] for i in sorted(parts)], axis=-1)

@@ -14,19 +14,21 @@ from tunejax.interop import found as found_lib
 from tunejax.interop import modules, peft_prompts
 from tunejax.interop.found import CONFIG, Found
 from tunejax.interop.modules import Place, Site
-from tunejax.interop.peft import PATTERNS, PREFIX, SHARED_PREFIX, WEIGHTS
+from tunejax.interop.peft import BASE_BIAS, PATTERNS, PREFIX, SHARED_PREFIX, WEIGHTS
 from tunejax.methods import registry
 from tunejax.models.config import ModelConfig
 
 NEUTRAL: tuple[Any, ...] = (None, False, "none", [], {}, "", 0)
 """Values of entries in adapter_config.json that change nothing."""
 IGNORED = {
-    "auto_mapping", "base_model_name_or_path", "fan_in_fan_out", "inference_mode", "init_weights",
+    "auto_mapping", "bias", "base_model_name_or_path", "fan_in_fan_out", "inference_mode", "init_weights",
     "layers_pattern", "layers_to_transform", "modules_to_save", "peft_type", "peft_version", "qalora_group_size",
     "revision", "save_embedding_layers", "target_modules", "task_type", "exclude_modules", "megatron_core",
     "eva_config", *PATTERNS.values(),
 }  # fmt: skip
 """Entries that the tensors themselves answer, or that matter before training only."""
+OWN, ORIGINAL = ".modules_to_save.", ".original_module."
+"""In names of biases, where all of them are saved, a second time: of a module that trains whole, and of the base's."""
 STARTS = ("init_lora_weights", (True, False, None, "gaussian", "eva", "orthogonal"))
 """The entry that says how an adapter started, and the starts that leave the base as it is; PEFT repeats the others on
 the base whenever it loads such a folder."""
@@ -128,12 +130,12 @@ def _modules(
 
 def _placed(folder: Path, tensors: Mapping[str, np.ndarray], config: ModelConfig, head: str) -> dict[Site, np.ndarray]:
     """Parameters that trained whole. Raises CheckpointError on one that this model does not have."""
-    places = modules.places(config, head)
-    plain = {f"{PREFIX}{p.module}.{p.name}": (s, p) for s, p in places.items()}
-    strange = [k for k in tensors if k not in plain]
+    plain = modules.by_name(modules.places(config, head))
+    strange = [k for k in tensors if k.removeprefix(PREFIX) not in plain]
     if strange:
         raise errors.CheckpointError(f"{folder / WEIGHTS}: {strange[0]!r} has no place in this {config.family} model")
-    return {plain[k][0]: x.T if plain[k][1].transpose else x for k, x in tensors.items()}
+    named = [(plain[k.removeprefix(PREFIX)], x) for k, x in tensors.items()]
+    return {site: modules.taken(place, x) for found, x in named for site, place in found.items()}
 
 
 def _shared(folder: Path, tensors: Mapping[str, np.ndarray], form: portable.Form) -> dict[str, np.ndarray]:
@@ -207,7 +209,7 @@ def _sorted(folder: Path, config: ModelConfig, head: str, form: portable.Form) -
     """
     tensors = _tensors(folder, config, head)
     places = modules.places(config, head)
-    plain = {f"{p.module}.{p.name}": (s, p) for s, p in places.items()}
+    plain = modules.by_name(places)
     kernels: dict[str, dict[Site, Place]] = {}
     for site, place in places.items():
         if place.name == "weight" and not site.path.endswith(("scale", "table")):
@@ -216,10 +218,11 @@ def _sorted(folder: Path, config: ModelConfig, head: str, form: portable.Form) -
     whole, shared, strange = {}, {}, []
     for key, array in tensors.items():
         bare = key.removeprefix(PREFIX)
+        if bare.endswith(BASE_BIAS):
+            bare = bare.removesuffix(BASE_BIAS) + ".bias"
         owner = max((m for m in kernels if bare.startswith(m + ".")), key=len, default=None)
         if bare in plain:
-            site, place = plain[bare]
-            whole[site] = array.T if place.transpose else array
+            whole.update({site: modules.taken(place, array) for site, place in plain[bare].items()})
         elif form.read_shared is not None and key.startswith(SHARED_PREFIX) and not key.startswith(PREFIX):
             shared[key.removeprefix(SHARED_PREFIX)] = array
         elif owner is not None:
@@ -246,6 +249,7 @@ def _tensors(folder: Path, config: ModelConfig, head: str, prefix: str = PREFIX)
     """
     tensors = found_lib.tensors(folder / WEIGHTS)
     tensors = {PREFIX + k.removeprefix(prefix) if k.startswith(prefix) else k: x for k, x in tensors.items()}
+    tensors = {k.replace(OWN, "."): x for k, x in tensors.items() if ORIGINAL not in k}
     tied = modules.tied_head(config, head)
     place = modules.places(config, head).get(Site(peft_prompts.TABLE, modules.OUTSIDE))
     if tied is None or place is None:

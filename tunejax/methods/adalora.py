@@ -59,6 +59,7 @@ PEFT = portable.Form(
         "beta1": "beta1", "beta2": "beta2", "orthogonal": "orth_reg_weight",
     },
     ignored=frozenset({"r", "use_rslora"}),
+    biases="lora_only",
 )  # fmt: skip
 
 

@@ -31,6 +31,7 @@ PEFT = portable.Form(
     absent=low_rank.PEFT.absent,
     flags={"use_dora": True},
     patterns=True,
+    biases="lora_only",
 )
 
 

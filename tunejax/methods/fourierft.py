@@ -27,6 +27,7 @@ PEFT = portable.Form(
     read=lambda tensors, _: {"spectrum": tensors["fourierft_spectrum"]},
     entries={"n_frequency": "n_frequency", "scaling": "scaling", "seed": "random_loc_seed"},
     ignored=frozenset({"n_frequency_pattern"}),
+    biases="fourier_only",
     found=lambda arrays: {"n_frequency": len(arrays["spectrum"])},
 )
 

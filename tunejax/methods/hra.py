@@ -26,6 +26,7 @@ PEFT = portable.Form(
     read=lambda tensors, _: {"u": tensors["hra_u"]},
     entries={"rank": "r"},
     flags={"apply_GS": False},
+    biases="hra_only",
     plain=False,
 )
 

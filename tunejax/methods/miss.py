@@ -28,6 +28,7 @@ PEFT = portable.Form(
     read=lambda tensors, _: {"b": tensors["miss_block"]},
     entries={"rank": "r", "dropout": "miss_dropout"},
     flags={"init_weights": True},
+    biases="MiSS_only",
     plain=False,
     ignored=frozenset({"mini_r"}),
 )

@@ -42,6 +42,7 @@ PEFT = {
         },
         plain=False,
         ignored=frozenset({"r", "eps"}),
+        biases="oft_only",
         # PEFT shrinks a block that does not divide a module's input: what counts is what it kept.
         found=lambda arrays: {"block_size": (1 + math.isqrt(1 + 8 * arrays["skew"].shape[-1])) // 2},
         # The first version with this series; PEFT warns where none is named.
@@ -54,6 +55,7 @@ PEFT = {
         entries={"block_size": "boft_block_size", "factors": "boft_n_butterfly_factor"},
         plain=False,
         ignored=frozenset({"boft_block_num"}),
+        biases="boft_only",
         found=lambda arrays: {"block_size": arrays["r"].shape[-1], "factors": arrays["r"].shape[0]},
     ),
 }

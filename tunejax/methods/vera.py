@@ -31,6 +31,7 @@ PEFT = portable.Form(
     read=lambda tensors, _: {"scale_d": tensors["vera_lambda_d"], "scale_b": tensors["vera_lambda_b"]},
     entries={"rank": "r", "d_initial": "d_initial", "dropout": "vera_dropout", "seed": "projection_prng_key"},
     ignored=frozenset({"save_projection"}),
+    biases="vera_only",
     settings=lambda modules: {"save_projection": True},
     write_shared=lambda arrays: {"vera_A": arrays["a"].T, "vera_B": arrays["b"].T},
     read_shared=lambda tensors: {"a": tensors["vera_A"].T, "b": tensors["vera_B"].T},
