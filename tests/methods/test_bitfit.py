@@ -43,6 +43,12 @@ def test_targets_and_layers():
     assert set(start.train) == {"layers/1/attention/q/bias", "layers/1/attention/v/bias"}
 
 
+def test_some_may_be_taken_away():
+    p = tiny.params(tiny.BERT, "classification")
+    every, some = (bitfit.bitfit(t).init(KEY, p).train for t in ("bias", ["bias", "!{pooler,classifier}/**"]))
+    assert set(every) - set(some) == {"pooler/bias", "classifier/bias"}
+
+
 def test_nothing_to_train_is_an_error():
     with pytest.raises(errors.TargetError, match="fill_empty: true"):
         bitfit.bitfit(fill_empty=False).init(KEY, tiny.params())

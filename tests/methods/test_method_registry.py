@@ -2,8 +2,10 @@ import subprocess
 import sys
 
 import jax
+import numpy as np
 import pytest
 import tiny
+import trains
 
 from tunejax.core import errors
 from tunejax.core.method import Method
@@ -92,12 +94,35 @@ def test_what_is_no_kernel_is_refused(name, target):
         ({"name": "no_such_package:f"}, "could not be imported"),
         ({"name": "tunejax.methods.lora:lorra"}, "Did you mean 'lora'"),
         ({"name": "lora.py"}, "is not known"),
+        ({"name": "lora", "learning_rate_scale": 0}, "learning_rate_scale is 0; expected a number above 0"),
+        ({"name": "lora", "learning_rate_scale": "0.1"}, "learning_rate_scale is '0.1'"),
     ],
 )
 def test_mistakes(spec, says):
     with pytest.raises(errors.ConfigError) as caught:
         registry.build(spec)
     assert says in str(caught.value)
+
+
+def test_each_description_has_a_learning_rate_of_its_own():
+    """Adam's first step is the learning rate, whatever the gradient."""
+    scaled = [
+        {"name": "lora_plus", "rank": 2, "ratio": 4.0, "targets": "attention/q/kernel", "learning_rate_scale": 0.5},
+        {"name": "full", "targets": "/norm/scale", "learning_rate_scale": 0.125},
+        {"name": "full", "targets": "embed/table"},
+        {"name": "mam", "length": 2, "hidden": 4, "width": 2, "learning_rate_scale": 0.25},
+    ]
+    for specs, wanted in ((scaled[:3], {"b": 2.0, "norm/scale": 0.125, "embed/table": 1.0}), (scaled[3], None)):
+        one, s, base, batch = trains.begin(specs, learning_rate=1e-3)
+        before = jax.tree.map(np.array, s.train)
+        after = one(s, base, {}, batch)[0].train
+        moved = jax.tree.map(lambda x, y: float(np.abs(np.asarray(x) - y).max()) / 1e-3, after, before)
+        for where, x in jax.tree.leaves_with_path(moved):
+            name = where[-1].key
+            if wanted is None:
+                assert x == pytest.approx(0.25, rel=1e-3) or x == 0  # what stands before a zero has no gradient yet
+            elif name in wanted:
+                assert x == pytest.approx(wanted[name], rel=1e-3)
 
 
 def test_all_problems_at_once():

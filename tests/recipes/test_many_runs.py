@@ -113,6 +113,7 @@ def test_a_preset_before_what_differs_is_told(path, tmp_path, capsys):
         ("{data.max_length: 8}", "data.max_length is shared by all members"),
         ("{method.targets: mlp/up/kernel}", "lora with other targets; members of one program may differ in rank"),
         ("{method: bitfit}", "lora and bitfit"),
+        ("{method.learning_rate_scale: 0.5}", "lora with other learning_rate_scale"),
         ("{sed: 3}", "many.1: unknown key 'sed'"),
         ("{output_dir: elsewhere}", "many.1: output_dir is not a member's own"),
     ],

@@ -95,6 +95,15 @@ def learning(tuned: Method, train: PyTree) -> PyTree:
     return jax.tree.map(lambda x, rate: x if rate else None, train, tuned.rates(train))
 
 
+def at_rate(tuned: Method, scale: float) -> Method:
+    """``tuned`` with every learning rate multiplied by ``scale``, decay included (arXiv:1801.06146, section 3.2)."""
+    if scale == 1:
+        return tuned
+    if tuned.parts:
+        return chain(*(at_rate(m, scale) for m in tuned.parts))
+    return tuned._replace(rates=lambda train: jax.tree.map(lambda rate: scale * rate, tuned.rates(train)))
+
+
 def method(
     name: str,
     init: Callable[[Any, Params], Start],

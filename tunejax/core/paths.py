@@ -109,6 +109,15 @@ def matches(pattern: str, path: Path) -> bool:
     return compile_pattern(pattern).fullmatch(path) is not None
 
 
+def chosen(patterns: Iterable[str], path: Path) -> bool:
+    """Whether ``patterns`` select ``path``, as in `select`: one with a leading ``!`` takes away what came before."""
+    found = False
+    for pattern in patterns:
+        if matches(pattern.lstrip("!"), path):
+            found = not pattern.startswith("!")
+    return found
+
+
 def is_kernel(path: Path, leaf: Leaf) -> bool:
     """Whether a leaf is the kernel of a linear layer, [in, out] or, in the stack, [layers, in, out]."""
     return path.rpartition("/")[2] == "kernel" and len(leaf.shape) >= 2 + path.startswith("layers/")

@@ -15,7 +15,7 @@ def bitfit(targets: str | list[str] = "bias", fill_empty: bool = True, layers: s
     """Trains the biases of linear layers and layer norms.
 
     Args:
-      targets: globs over biases: "bias" is every one, "attention/q/bias" those of the queries.
+      targets: globs over biases: "bias" is every one, "attention/q/bias" those of the queries, "!" takes some away.
       fill_empty: give the linear layers of the stack that have no bias one that starts at zero (Llama and its like
         have none at all). Such a model can be saved in Hugging Face's format only where the family knows the bias.
       layers: only these layers of the stack, as a slice: "-2:".
@@ -41,7 +41,7 @@ def bitfit(targets: str | list[str] = "bias", fill_empty: bool = True, layers: s
 
 def _matching(params: Params, patterns: list[str], layers: str | int | None, *, empty: bool) -> dict[Path, Any]:
     flat = {p: x for p, x in paths.flatten(params).items() if p.endswith("bias") and (x is None) == empty}
-    hit = {p: x for p, x in flat.items() if any(paths.matches(g, p) for g in patterns)}
+    hit = {p: x for p, x in flat.items() if paths.chosen(patterns, p)}
     if layers is None or not hit:
         return hit
     inside = paths.select(params, "/layers/**", layers=layers, empty=empty).leaves

@@ -4,6 +4,7 @@ import difflib
 import importlib
 import importlib.util
 import inspect
+import math
 import sys
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -86,6 +87,10 @@ MODULES: dict[str, list[str]] = {
 """Names of modules in Hugging Face's models -> globs here; what is not listed is taken as a glob."""
 
 
+SCALE = "learning_rate_scale"
+"""What any description may say: what the learning rate of all that the method trains is multiplied by."""
+
+
 def build(
     specs: Mapping[str, Any] | str | Sequence[Mapping[str, Any] | str],
     tokenize: Callable[[str], list[int]] | None = None,
@@ -95,8 +100,8 @@ def build(
     """The method that a config describes: ``{name: lora, rank: 8}``, or a list of such to chain, first first.
 
     A name is one of `NAMES`, "path/to/file.py:function" or "package.module:function"; the other keys are the
-    function's arguments. An argument that is a method itself is described likewise. The function returns a `Method`,
-    or, as a preset, a list of descriptions. PEFT's spellings are accepted where a method knows them.
+    function's arguments, and `SCALE`. An argument that is a method itself is described likewise. The function returns a
+    `Method`, or, as a preset, a list of descriptions. PEFT's spellings are accepted where a method knows them.
 
     Args:
       specs: as above.
@@ -118,10 +123,18 @@ def _one(spec: Mapping[str, Any] | str, *texts_and_facts: Any) -> Method:
     name, factory, given, _ = _called(spec, *texts_and_facts)
     made = factory(**given)
     if isinstance(made, list):  # a preset: a method that is a chain of others
-        return build(made, *texts_and_facts)
+        made = build(made, *texts_and_facts)
     if not isinstance(made, Method):
         raise errors.ConfigError(f"method {name!r}: the function returned {type(made).__name__}, no Method and no list")
-    return made
+    return methods.at_rate(made, scale_of(spec))
+
+
+def scale_of(spec: Mapping[str, Any] | str) -> float:
+    """What a description says of its method's learning rate. Raises ConfigError where that is no number above 0."""
+    scale = spec.get(SCALE, 1.0) if isinstance(spec, Mapping) else 1.0
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 < scale < math.inf:
+        raise errors.ConfigError(f"method: {SCALE} is {scale!r}; expected a number above 0")
+    return float(scale)
 
 
 def resolved(spec: Mapping[str, Any] | str) -> tuple[str, dict[str, Any], ModuleType]:
@@ -142,7 +155,7 @@ def _called(
 ) -> tuple[str, Callable[..., Method], dict[str, Any], ModuleType]:
     """(name, factory, checked arguments, module)."""
     spec = {"name": spec} if isinstance(spec, str) else dict(spec)
-    name = spec.pop("name", None)
+    name, _ = spec.pop("name", None), spec.pop(SCALE, None)
     if not isinstance(name, str):
         raise errors.ConfigError(f"method: expected a mapping with a name, such as {{name: lora}}, found {spec}")
     factory, module = find(name)

@@ -63,8 +63,9 @@ def plan(configs: Sequence[schema.Config]) -> tuple[list[dict[str, Any]], list[l
         name, first, module = called[0]
         product = getattr(module, "PRODUCT", None)
         varies = product.varies if product is not None else ()
-        for other, arguments, _ in called[1:]:
+        for spec, (other, arguments, _) in zip(each[1:], called[1:], strict=True):
             differ = [k for k in first | arguments if first.get(k) != arguments.get(k) and k not in varies]
+            differ += [registry.SCALE] if registry.scale_of(spec) != registry.scale_of(each[0]) else []
             if other != name or differ:
                 what = f"{name} and {other}" if other != name else f"{name} with other {', '.join(differ)}"
                 raise errors.ConfigError(
