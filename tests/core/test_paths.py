@@ -78,6 +78,13 @@ def test_select_layers():
         paths.select(TREE, "attention/q/kernel", layers="1:")
 
 
+def test_no_pattern_and_nothing_left_are_errors():
+    with pytest.raises(errors.TargetError, match="the list of targets is empty"):
+        paths.select(TREE, [])
+    with pytest.raises(errors.TargetError, match=r"'\*\*', '!\*\*' take away all"):
+        paths.select(TREE, ["**", "!**"])
+
+
 def test_select_empty_slots():
     assert len(paths.select(TREE, "bias", empty=True).leaves) == 8
 

@@ -120,6 +120,23 @@ def test_tools_and_calls():
     assert tokenizer.decode(made.store[0].tokens).startswith("1<|im_start|>")
 
 
+def test_a_chat_that_begins_with_the_assistant():
+    """The header and what the template says by itself are not the assistant's."""
+    greeting = [{"role": "assistant", "content": " Good day"}, *TURNS[1:3]]
+    for template in (CHATML, MARKED, "You help.\n" + CHATML):
+        tokenizer = chatml(template)
+        assert runs(tokenizer, load(greeting, tokenizer).store[0]) == [" Good day<|im_end|>", "Hello!<|im_end|>"]
+
+
+def test_the_token_that_closes_a_turn():
+    tokenizer = chatml()
+    assert chat.ending(tokenizer) == tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert chat.ending(toys.characters()) is None
+    assert chat.ending(toys.characters(chat_template=chat.DEFAULT)) == 2
+    assert chat.ending(chatml("{% for m in messages %}{{ m['content'] }}\n{% endfor %}")) is None
+    assert chat.ending(chatml("{{ raise_exception('no') }}")) is None
+
+
 @pytest.mark.parametrize(
     ("row", "reason", "message"),
     [
@@ -142,3 +159,9 @@ def test_bad_conversations(tmp_path, row, reason, message):
         corpus.load(path, chatml(), options.Options(**opts))
     made = corpus.load(path, chatml(), options.Options(on_bad_row="skip", **opts))
     assert (len(made), made.report.skipped) == (1, {reason: 1})
+
+
+def test_a_call_needs_a_template_that_has_calls():
+    turns = [*TURNS[:2], {"role": "assistant", "content": None, "tool_calls": [{"name": "add"}]}]
+    with pytest.raises(errors.DataError, match="rows:1: a turn without 'content', which needs a chat template"):
+        load(turns, toys.characters())

@@ -121,7 +121,7 @@ def test_theirs_is_read(hub, bases, kind, name, tmp_path):
     config, overrides = THEIRS[name]
     out, base, head = tmp_path / "there", bases(kind), HEADS[kind]
     theirs = hub("write", base=base, config=config, overrides={"reduction_factor": 4, **overrides}, out=out)
-    assert (adapter_folders.base_of(out), adapter_folders.head_of(out)) == (str(base), head)
+    assert (adapter_folders.base_of(out), adapter_folders.head_of(out, "decoder")) == (str(base), head)
     shape = hf.read_config(base)
     found, method, params, train = read(out, shape, head, lambda cuts: loaded(base, head, cuts))
     mine = our_logits(shape, head, method.cuts(shape.num_layers), bound(method, params, train))
@@ -320,7 +320,7 @@ def test_a_head_of_the_librarys_own_class_is_read(folder):
     file.write_text(json.dumps({"model_class": "BertAdapterModel", "name": "task", "config": own}))
     tensors = safetensors.load_file(weights)
     safetensors.save_file({k.replace("classifier", "heads.task.1"): x for k, x in tensors.items()}, weights)
-    assert adapter_folders.head_of(folder) == "classification"
+    assert adapter_folders.head_of(folder, "encoder") == "classification"
     found = adapter_folders.read(folder, tiny.BERT, head="classification")
     kernel = next(x[""] for some in found.arrays for site, x in some.items() if site.path == "classifier/kernel")
     np.testing.assert_array_equal(kernel, tensors["classifier.weight"].T)

@@ -170,6 +170,27 @@ def test_their_biases_are_read(base, trained, tmp_path):
     assert any("bias" in t for s in found.specs for t in s["targets"]) == (family != "llama")
 
 
+@pytest.mark.parametrize("base", ["gpt2"], indirect=True)
+@pytest.mark.parametrize("kind", ["ia3", "dora"])
+def test_a_module_of_three_kernels_is_read(base, kind, tmp_path):
+    options = {"target_modules": ["c_attn"], "task_type": "CAUSAL_LM", "fan_in_fan_out": True}
+    if kind == "ia3":
+        config = peft.IA3Config(feedforward_modules=[], **options)
+    else:
+        config = peft.LoraConfig(r=2, use_dora=True, **options)
+    theirs = randomised(peft.get_peft_model(their_model(*base), config))
+    theirs.save_pretrained(tmp_path)
+    logits, found, _ = read(tmp_path, *base)
+    np.testing.assert_allclose(logits, their_logits(theirs), atol=1e-5, rtol=1e-5)
+    assert found.specs[0]["name"] == kind
+
+
+@pytest.mark.parametrize("base", ["gpt2"], indirect=True)
+def test_a_part_of_a_module_is_written_with_ones_beside_it(base, tmp_path):
+    specs = [{"name": "ia3", "targets": ["attention/{k,v}/kernel", "mlp/up/kernel"], "feedforward": []}]
+    written_and_read(base, specs, tmp_path)
+
+
 LAYER_NORMS = {"llama": ["input_layernorm", "norm"], "gpt2": ["ln_1", "ln_f"], "bert": ["LayerNorm"]}
 
 

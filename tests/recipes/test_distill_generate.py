@@ -46,6 +46,15 @@ def test_the_teachers_answers_stand_in_the_rows_and_teach(world, tmp_path, capsy
     assert rows[1][-1]["loss"] < 0.5 * rows[1][0]["loss"]
 
 
+def test_prompts_are_whole_where_they_are_in_the_loss(world, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME_OF_IT", str(world))
+    rows = worlds.jsonl(tmp_path / "rows.jsonl", [*worlds.ROWS, "no row"])
+    more = [f"data.path={rows}", "data.on_bad_row=skip", "data.completion_only_loss=false"]
+    section = "distill={teacher: $HOME_OF_IT/big}"
+    assert cli.main(["distill-generate", str(world / "my.yaml"), section, "--output", str(tmp_path / "s"), *more]) == 0
+    assert read(tmp_path / "s") == worlds.ROWS
+
+
 def test_several_answers_are_drawn_and_a_killed_writer_goes_on(world, tmp_path, monkeypatch):
     options = ["--samples", "2", "--keep-unfinished", "generation.temperature=3.0", "train.eval_batch_size=3"]
     assert write(world, tmp_path / "whole.jsonl", *options) == 0

@@ -58,6 +58,7 @@ def test_it_learns_and_goes_on_where_it_was_stopped(world, monkeypatch):
     [
         (["distill.alpha=0.5"], "on_policy needs 0"),
         (["data.packing=true"], "no data.packing"),
+        (["data.completion_only_loss=false"], "learns from answers alone"),
         (["distill.cache=x"], "asks the teacher about new text"),
         (["data.columns={text: prompt}", "data.format=text"], "answers prompts"),
     ],

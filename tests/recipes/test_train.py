@@ -146,6 +146,13 @@ def test_validate_and_preprocess_run_nothing(world, capsys):
     assert not (world / "fresh").exists()
 
 
+def test_warm_up_is_judged_by_the_runs_own_steps(world, capsys):
+    config = ["validate", str(world / "my.yaml"), f"output_dir={world / 'fresh'}"]
+    assert cli.main([*config, "train.max_steps=5000", "train.warmup_steps=2000"]) == 0
+    assert cli.main([*config, "train.max_steps=5", "train.warmup_steps=10"]) == 2
+    assert "warm-up of 10 steps is longer than the run of 5" in capsys.readouterr().err
+
+
 def test_held_out_rows_that_are_skipped_are_told(world, capsys):
     held_out = worlds.jsonl(world / "holed.jsonl", [worlds.ROWS[0], {"prompt": "red ?", "completion": ""}])
     changes = [f"data.eval_path={held_out}", "data.on_bad_row=skip", f"output_dir={world / 'holed'}"]
@@ -211,12 +218,16 @@ def test_layers_that_train_whole_leave_nothing_behind(world, tmp_path, method):
     assert moved.tolist() == [False, True] if method != {"name": "full", "layers": ":1"} else [True, False]
 
 
-def test_classification_keeps_the_head_that_it_drew(world):
+def test_classification_keeps_the_head_that_it_drew(world, capsys):
     rows = [{"text": t, "label": n} for t, n in (("red cat", "warm"), ("blue dog", "cold"), ("red dog", "warm"))]
     data = worlds.jsonl(world / "labelled.jsonl", rows)
     out = world / "labels"
     changes = [f"data.path={data}", f"data.eval_path={data}", "objective.name=classification", f"output_dir={out}"]
     assert cli.main(["train", str(world / "my.yaml"), *changes]) == 0
+    assert "warning: the checkpoint has no head/kernel: drawn at random" in capsys.readouterr().out
+    method = "method=[{name: lora, rank: 2, targets: attention/q/kernel}, {name: full, targets: [/head/kernel]}]"
+    assert cli.main(["train", str(world / "my.yaml"), *changes[:-1], f"output_dir={world / 'l2'}", method]) == 0
+    assert "drawn at random" not in capsys.readouterr().out
     tuned = artefact.open_run(str(out))
     assert tuned.parts.config.data.labels == ["cold", "warm"]
     head = tuned.params["head"]["kernel"]

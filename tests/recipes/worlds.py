@@ -40,10 +40,10 @@ def tokenizer_files(folder: Path) -> int:
     return len(vocab)
 
 
-def checkpoint(folder: Path, seed: int = 0, **sizes: int) -> Path:
-    """A Llama of two layers, or of other ``sizes``, with random weights and the tokenizer."""
+def checkpoint(folder: Path, seed: int = 0, room: int = 0, **sizes: int) -> Path:
+    """A Llama of two layers, or of other ``sizes``, with random weights and the tokenizer, and room for more tokens."""
     folder.mkdir(parents=True)
-    config = ModelConfig(family="llama", vocab_size=tokenizer_files(folder), **{**SIZES, **sizes})
+    config = ModelConfig(family="llama", vocab_size=tokenizer_files(folder) + room, **{**SIZES, **sizes})
     params = build.build(config, head="lm").init(jax.random.key(seed))
     hf.save(folder, params, config, head="lm")
     return folder

@@ -5,8 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tiny
 
 from tunejax.core import errors
+from tunejax.methods import p_tuning
 from tunejax.train import optimizer, schedule
 
 torch = pytest.importorskip("torch")
@@ -53,6 +55,11 @@ def agree(got, want, atol=1e-6):
 def test_adamw_decays_kernels_only_as_the_trainer_does():
     got = ours(optimizer.make_optimizer("adamw_torch", 1e-2, weight_decay=0.1, b1=0.8, b2=0.95, eps=1e-6))
     agree(got, theirs(lambda g: torch.optim.AdamW(g, lr=1e-2, betas=(0.8, 0.95), eps=1e-6)))
+
+
+def test_a_beta_of_0_is_one():
+    got = ours(optimizer.make_optimizer("adamw", 1e-2, weight_decay=0.1, b1=0.0, b2=0.0, eps=1e-3))
+    agree(got, theirs(lambda g: torch.optim.AdamW(g, lr=1e-2, betas=(0.0, 0.0), eps=1e-3)))
 
 
 def test_sgd():
@@ -146,3 +153,7 @@ def test_what_decays():
     assert not any(
         optimizer.decays(p) for p in ("layers/0/mlp/up/bias", "norm/scale", "embed_norm/bias", "x/q_norm/scale")
     )
+    assert not any(optimizer.decays(f"layers/0/mlp/down/kernel/{n}") for n in ("down_bias", "up_bias", "gate_bias"))
+    train = p_tuning.p_tuning(2, encoder="lstm", lstm_layers=1).init(jax.random.key(0), tiny.params()).train
+    decaying = {n for n in train["embed/table"] if optimizer.decays(f"embed/table/{n}")}
+    assert decaying == {"rows", "w0", "w1", "lstm0_x", "lstm0_h"}

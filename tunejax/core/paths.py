@@ -237,9 +237,13 @@ def select(
       empty: select empty slots (None) instead of filled ones.
 
     Raises:
-      TargetError: a pattern matches nothing; the message lists the nearest paths.
+      TargetError: a pattern matches nothing, with the nearest paths; or nothing is left, or there is no pattern.
     """
     patterns = [patterns] if isinstance(patterns, str) else list(patterns)
+    if not patterns:
+        raise errors.TargetError(
+            "the list of targets is empty; name what is to be matched, such as '/layers/**/kernel'"
+        )
     flat = {p: leaf for p, leaf in flatten(params).items() if (leaf is None) == empty}
     if layers is not None:
         left_out = _outside(params, layers)
@@ -259,6 +263,8 @@ def select(
                 chosen.pop(p, None)
             else:
                 chosen[p] = flat[p]
+    if not chosen and not empty:
+        raise errors.TargetError(f"targets {', '.join(map(repr, patterns))} take away all that they match")
     return Selection({p: x for p, x in flat.items() if p in chosen}, by_pattern)
 
 

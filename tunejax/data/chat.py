@@ -43,6 +43,19 @@ def template_of(tokenizer: Any) -> str:
     return found["default"]
 
 
+def ending(tokenizer: Any) -> int | None:
+    """The special token that its template closes an assistant's turn with; None without a template or such a token."""
+    said = "?!?"  # part of no special token
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": said}]
+    try:
+        text = _apply(tokenizer, turns, None) if tokenizer.chat_template else ""
+    except Exception:  # a template is a program: it may refuse such a chat
+        return None
+    behind = text.rpartition(said)[2].lstrip()
+    found = [s for s in _specials(tokenizer) if behind.startswith(s)]
+    return tokenizer.convert_tokens_to_ids(max(found, key=len)) if found else None
+
+
 def render(row: Row, tokenizer: Any, template: str, assistant_only: bool, rejects: bad.BadRows) -> Rendered | None:
     """The chat of a row; None, and told to ``rejects``, where it is no chat or the template refuses it.
 
@@ -50,6 +63,11 @@ def render(row: Row, tokenizer: Any, template: str, assistant_only: bool, reject
     """
     turns = _turns(row, assistant_only, rejects)
     if turns is None:
+        return None
+    if template == DEFAULT and any(t["content"] is None for t in turns):
+        rejects.add(
+            bad.TEMPLATE, row.source, "a turn without 'content', which needs a chat template that has tool calls"
+        )
         return None
     tools = row.fields.get("tools") or None
     try:
@@ -146,7 +164,7 @@ def _by_prefix(tokenizer: Any, turns: list[dict], tools: Any) -> tuple[str, list
     for i, turn in enumerate(turns):
         if turn["role"] != "assistant":
             continue
-        before = _apply(tokenizer, turns[:i], tools, prompt=True) if i else ""
+        before = _apply(tokenizer, turns[:i], tools, prompt=True) if i else _head(tokenizer, turn, tools)
         after = _apply(tokenizer, turns[: i + 1], tools)
         if not (after.startswith(before) and whole.startswith(after)):
             raise Unstable(
@@ -157,6 +175,16 @@ def _by_prefix(tokenizer: Any, turns: list[dict], tools: Any) -> tuple[str, list
             )
         spans.append((len(before), len(after)))
     return whole, spans
+
+
+def _head(tokenizer: Any, turn: dict, tools: Any) -> str:
+    """What the template puts before the content of a first turn. Raises Unstable where that is not to be seen."""
+    content = turn.get("content")
+    if not content:
+        raise Unstable("the chat begins with an assistant's turn that has no content, so where it begins is unknown")
+    other = {**turn, "content": "?" if content.strip()[0] != "?" else "!"}
+    one, two = (_apply(tokenizer, [t], tools) for t in (turn, other))
+    return one[: next((i for i, (a, b) in enumerate(zip(one, two, strict=False)) if a != b), 0)]
 
 
 def _specials(tokenizer: Any) -> tuple[str, ...]:

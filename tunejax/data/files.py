@@ -4,6 +4,7 @@ import csv
 import gzip
 import json
 import re
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -53,7 +54,7 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
         with opener(path, "rb") as f:
             for number, line in enumerate(f, 1):
                 yield number, (line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line).rstrip(b"\r\n")
-    except (gzip.BadGzipFile, EOFError) as e:
+    except (gzip.BadGzipFile, EOFError, zlib.error) as e:
         raise errors.DataError(f"{path}: damaged gzip file ({e})") from None
     except OSError as e:
         raise errors.DataError(f"{path}: cannot be read ({e.strerror or e})") from None
@@ -79,6 +80,9 @@ def jsonl(path: Path, rejects: bad.BadRows, separator: str | None = None) -> Ite
         except ValueError as e:
             at = f"{e.msg}, column {e.colno}" if isinstance(e, json.JSONDecodeError) else str(e)
             rejects.add(bad.MALFORMED, source, f"malformed JSON ({at}). Expected one object a line")
+            continue
+        except RecursionError:
+            rejects.add(bad.MALFORMED, source, "malformed JSON (nested too deep). Expected one object a line")
             continue
         if _usable(value, _escapes(line), source, rejects):
             yield Row(value, source)

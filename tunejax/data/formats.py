@@ -171,7 +171,7 @@ def prompt_completion(
             prompts.append(prompt)
     alone = tokenize(tokenizer, prompts)
     joined = tokenize(tokenizer, [p + r.fields["completion"] for p, r in zip(prompts, usable, strict=True)])
-    closing = _closing(tokenizer)
+    after = closing(tokenizer)
     out = []
     for row, before, ids in zip(usable, alone, joined, strict=True):
         same = common_prefix(before, ids)
@@ -179,11 +179,11 @@ def prompt_completion(
         learned = same if opts.completion_only_loss else 1 + common_prefix(ids, opts.inside)
         ids = ended(ids, eos)
         in_loss = [i >= learned for i in range(len(ids))]
-        out.append(Encoded(ids, in_loss, row, merged=same < len(before) - closing))
+        out.append(Encoded(ids, in_loss, row, merged=same < len(before) - after))
     return out
 
 
-def _closing(tokenizer: Tokenizer) -> int:
+def closing(tokenizer: Tokenizer) -> int:
     """How many special tokens the tokenizer adds after a text."""
     plain, full = (tokenizer("a", add_special_tokens=s, verbose=False)["input_ids"] for s in (False, True))
     starts = range(len(full) - len(plain) + 1)

@@ -67,6 +67,11 @@ class Options:
         return self.prompt[len(self.front) :]
 
     @property
+    def answers_only(self) -> bool:
+        """Whether nothing but answers is in the loss, where a format has answers."""
+        return self.completion_only_loss and self.assistant_only_loss
+
+    @property
     def labels_first(self) -> bool:
         """Whether an example carries its label at its first position."""
         return self.labels is not None and self.objective == "classification" and self.labelled == "first"

@@ -26,12 +26,18 @@ def base_of(folder: Path) -> str:
     return named
 
 
-def head_of(folder: Path) -> str:
-    """The head of its base: "lm", "mlm" or "classification"; "lm" where it does not say."""
+DEFAULTS = {"encoder": "mlm", "decoder": "lm"}
+
+
+def head_of(folder: Path, kind: str) -> str:
+    """The head of its base: "lm", "mlm" or "classification"; where it does not say, that of a language model.
+
+    kind: of the base, "encoder" or "decoder".
+    """
     settings = found.settings(folder)
     if adapterhub_read.is_adapter(settings):
         return adapterhub_read.head_of(folder)
-    return {v: k for k, v in peft.TASKS.items()}.get(settings.get("task_type") or "", "lm")
+    return {v: k for k, v in peft.TASKS.items()}.get(settings.get("task_type") or "", DEFAULTS[kind])
 
 
 def read(folder: Path, config: ModelConfig, *, head: str) -> Found:

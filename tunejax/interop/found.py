@@ -35,6 +35,13 @@ class Found(NamedTuple):
     num_labels: int | None = None
 
 
+def labels_of(whole: Mapping[Site, np.ndarray], head: str) -> int | None:
+    """How many classes a head among values that trained whole tells apart; None where there is none."""
+    heads = (x for s, x in whole.items() if s.path in ("classifier/kernel", "classifier/bias", "head/kernel"))
+    found = next(heads, None) if head == "classification" else None
+    return None if found is None else found.shape[-1]
+
+
 def settings(folder: Path) -> dict[str, Any]:
     """What adapter_config.json says. Raises CheckpointError where it cannot be read."""
     try:
@@ -138,5 +145,6 @@ def _stacked(arrays: Mapping[Site, Mapping[str, np.ndarray]], path: str, first: 
     rows = [arrays[Site(path, i)][name] for i in layers]
     value = rows[0] if first < 0 else np.stack(rows)
     if value.shape != tuple(like.shape):
-        raise errors.CheckpointError(f"the adapter's {name} at {path} has shape {value.shape}, expected {like.shape}")
+        what = f"{name} at {path}" if name else path
+        raise errors.CheckpointError(f"the adapter's {what} has shape {value.shape}, expected {like.shape}")
     return jax.numpy.asarray(value, like.dtype)

@@ -289,6 +289,12 @@ def _modules(
                 biases.add(name)
             elif path in touched and place.module not in wanted:
                 wanted.append(place.module)
+    inner = {k.rpartition(".")[0] for k in values}
+    for module in wanted:
+        if within := next((m for m in inner if m.startswith(f"{module}.")), None):
+            raise errors.ConfigError(
+                f"PEFT saves whole modules: {module}, of which something trains, holds {within}; leave it out"
+            )
     kept = {k: _joined(x) for k, x in values.items() if k.rpartition(".")[0] in wanted}
     kept |= {k.removesuffix(".bias") + BASE_BIAS: _joined(values[k]) for k in biases}
     tied = modules.tied_head(world.config, world.head)

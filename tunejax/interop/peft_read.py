@@ -21,10 +21,10 @@ from tunejax.models.config import ModelConfig
 NEUTRAL: tuple[Any, ...] = (None, False, "none", [], {}, "", 0)
 """Values of entries in adapter_config.json that change nothing."""
 IGNORED = {
-    "auto_mapping", "bias", "base_model_name_or_path", "fan_in_fan_out", "inference_mode", "init_weights",
-    "layers_pattern", "layers_to_transform", "modules_to_save", "peft_type", "peft_version", "qalora_group_size",
-    "revision", "save_embedding_layers", "target_modules", "task_type", "exclude_modules", "megatron_core",
-    "eva_config", *PATTERNS.values(),
+    "auto_mapping", "bias", "base_model_name_or_path", "ensure_weight_tying", "eva_config", "exclude_modules",
+    "fan_in_fan_out", "inference_mode", "init_weights", "layers_pattern", "layers_to_transform", "megatron_core",
+    "modules_to_save", "peft_type", "peft_version", "qalora_group_size", "revision", "save_embedding_layers",
+    "target_modules", "task_type", *PATTERNS.values(),
 }  # fmt: skip
 """Entries that the tensors themselves answer, or that matter before training only."""
 OWN, ORIGINAL = ".modules_to_save.", ".original_module."
@@ -92,7 +92,7 @@ def read(folder: Path, config: ModelConfig, *, head: str) -> Found:
     for spec, some in found_lib.whole_specs("full", whole, config):
         specs.append(spec)
         out.append(some)
-    return Found(specs, base_of(found), out, _shared(folder, common, form))
+    return Found(specs, base_of(found), out, _shared(folder, common, form), found_lib.labels_of(whole, head))
 
 
 def _prompt(folder: Path, found: dict[str, Any], config: ModelConfig, head: str) -> Found:
@@ -108,7 +108,7 @@ def _prompt(folder: Path, found: dict[str, Any], config: ModelConfig, head: str)
     for extra, some in found_lib.whole_specs("full", whole, config):
         specs.append(extra)
         arrays.append(some)
-    return Found(specs, base_of(found), arrays)
+    return Found(specs, base_of(found), arrays, num_labels=found_lib.labels_of(whole, head))
 
 
 def _whole(settings: Mapping[str, Any]) -> tuple[str, portable.Whole] | None:
@@ -125,7 +125,8 @@ def _modules(
     own = _placed(folder, {k.replace(slot, "."): x for k, x in tensors.items() if slot in k}, config, head)
     rest = _placed(folder, {k: x for k, x in tensors.items() if slot not in k}, config, head)
     parts = [*found_lib.whole_specs(name, own, config), *found_lib.whole_specs("full", rest, config)]
-    return Found([spec for spec, _ in parts], base_of(found), [arrays for _, arrays in parts])
+    labels = found_lib.labels_of({**own, **rest}, head)
+    return Found([spec for spec, _ in parts], base_of(found), [arrays for _, arrays in parts], num_labels=labels)
 
 
 def _placed(folder: Path, tensors: Mapping[str, np.ndarray], config: ModelConfig, head: str) -> dict[Site, np.ndarray]:

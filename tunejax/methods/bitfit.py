@@ -20,10 +20,13 @@ def bitfit(targets: str | list[str] = "bias", fill_empty: bool = True, layers: s
         have none at all). Such a model can be saved in Hugging Face's format only where the family knows the bias.
       layers: only these layers of the stack, as a slice: "-2:".
 
-    Raises (from init):
-      TargetError: nothing matched, or what matched is no bias.
+    Raises:
+      ConfigError: no targets.
+      TargetError (from init): nothing matched, or what matched is no bias.
     """
     named = [targets] if isinstance(targets, str) else list(targets)
+    if not named:
+        raise errors.ConfigError("bitfit: the list of targets is empty; 'bias' is every one")
 
     def init(key: Any, params: Params) -> Start:
         present = _matching(params, named, layers, empty=False)

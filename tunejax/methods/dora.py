@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from tunejax.core import low_rank, operators, portable
 from tunejax.core import method as methods
@@ -32,6 +33,11 @@ PEFT = portable.Form(
     flags={"use_dora": True},
     patterns=True,
     biases="lora_only",
+    split=lambda arrays, i, of: {
+        "a": arrays["a"],
+        "b": np.split(arrays["b"], of, axis=1)[i],
+        "m": np.split(arrays["m"], of)[i],
+    },
 )
 
 

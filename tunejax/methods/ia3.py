@@ -6,10 +6,12 @@ arXiv:2205.05638, section 3.3).
 Linear, so it merges: a scaled output scales the columns of its kernel and its bias, a scaled input the rows.
 """
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from tunejax.core import errors, operators, paths, portable
 from tunejax.core import method as methods
@@ -22,6 +24,21 @@ TARGETS = ["attention/{k,v}/kernel", "mlp/down/kernel"]
 ALIASES = {"target_modules": "targets", "feedforward_modules": "feedforward", "layers_to_transform": "layers"}
 """What PEFT calls it -> what it is here."""
 
+
+def _fuse(
+    parts: Sequence[portable.Arrays | None], widths: Sequence[int], arguments: Mapping[str, Any]
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Outputs side by side; a part without a vector has ones. Raises ConfigError where inputs are scaled."""
+    if any(p is not None and "after" not in p for p in parts):
+        raise errors.ConfigError("ia3: PEFT scales the input of a module once, not that of a part of it")
+    ones = (np.ones(w, np.float32) if p is None else p["after"] for p, w in zip(parts, widths, strict=True))
+    return {"after": np.concatenate(list(ones))}, {}
+
+
+def _split(arrays: portable.Arrays, i: int, of: int) -> dict[str, np.ndarray]:
+    return {k: np.split(x, of)[i] if k == "after" else x for k, x in arrays.items()}
+
+
 PEFT = portable.Form(
     "IA3",
     write=lambda arrays: {"ia3_l": arrays["before"][None] if "before" in arrays else arrays["after"][:, None]},
@@ -30,6 +47,8 @@ PEFT = portable.Form(
     written=lambda arguments, _: {k: v for k, v in arguments.items() if k != "feedforward"},
     found=lambda arrays: {"feedforward": ["/**"] if "before" in arrays else []},
     settings=lambda modules: {"feedforward_modules": [m for m, arrays in modules.items() if "before" in arrays]},
+    fuse=_fuse,
+    split=_split,
 )
 
 

@@ -26,6 +26,7 @@ PEFT = portable.Form(
     write=lambda arrays: {TENSORS[k]: x.T for k, x in arrays.items()},
     read=lambda tensors, _: {k: tensors[theirs].T for k, theirs in TENSORS.items()},
     entries={"rank": "r", "alpha": "alpha"},
+    ignored=frozenset({"rank_dropout", "module_dropout"}),
     patterns=True,
     plain=False,
 )

@@ -48,7 +48,7 @@ _LOKR = portable.Form(
     entries={"rank": "r", "alpha": "alpha", "decompose_both": "decompose_both", "factor": "decompose_factor"},
     patterns=True,
     plain=False,
-    ignored=frozenset({"rank_dropout_scale"}),
+    ignored=frozenset({"rank_dropout", "module_dropout", "rank_dropout_scale"}),
 )
 PEFT = {"lokr": _LOKR, "krona": _LOKR._replace(read=None, written=_as_lokr)}
 

@@ -78,12 +78,12 @@ def _shapes(kind: str, embed: int, hidden: int, layers: int) -> dict[str, tuple[
     out: dict[str, tuple[tuple[int, ...], int]] = {}
     sizes = [embed, hidden, hidden, embed] if kind == "mlp" else [2 * hidden, 2 * hidden, embed]
     for i, (fan_in, fan_out) in enumerate(itertools.pairwise(sizes)):
-        out |= {f"w{i}": ((fan_in, fan_out), fan_in), f"b{i}": ((fan_out,), fan_in)}
+        out |= {f"w{i}": ((fan_in, fan_out), fan_in), f"bias{i}": ((fan_out,), fan_in)}
     for i in range(layers if kind == "lstm" else 0):
         # One entry of the first axis a direction: forwards, backwards.
         out[f"lstm{i}_x"] = ((2, embed if i == 0 else 2 * hidden, GATES * hidden), hidden)
         out[f"lstm{i}_h"] = ((2, hidden, GATES * hidden), hidden)
-        out[f"lstm{i}_b"] = ((2, GATES * hidden), hidden)
+        out[f"lstm{i}_bias"] = ((2, GATES * hidden), hidden)
     return out
 
 
@@ -99,10 +99,10 @@ def encode(arrays: Mapping[str, jax.Array], dropout: float = 0.0, key: Any = Non
         if i and key is not None and dropout:
             kept = jax.random.bernoulli(jax.random.fold_in(key, i), 1 - dropout, x.shape)
             x = jnp.where(kept, x / (1 - dropout), 0)
-        x, i = lstm(x, *(arrays[f"lstm{i}_{n}"] for n in "xhb")), i + 1
+        x, i = lstm(x, *(arrays[f"lstm{i}_{n}"] for n in ("x", "h", "bias"))), i + 1
     last = max(int(n[1:]) for n in arrays if n.startswith("w"))
     for i in range(last + 1):
-        x = x @ arrays[f"w{i}"] + arrays[f"b{i}"]
+        x = x @ arrays[f"w{i}"] + arrays[f"bias{i}"]
         x = jax.nn.relu(x) if i < last else x
     return x
 

@@ -101,20 +101,28 @@ OBJECTIVES = {"lm": "causal_lm", "mlm": "masked_lm", "classification": "classifi
 
 def _open_folder(path: Path, changes: list[str], beside: Tuned | None) -> Tuned:
     """An adapter folder of another library on the base that it names."""
-    head = adapter_folders.head_of(path)
-    given = any(change.startswith("model.path=") for change in changes)
-    named = {"path": "" if given else adapter_folders.base_of(path), "head": head}
-    data = {"path": "unused", "max_length": 2}
+    given = [c.partition("=")[2] for c in changes if c.startswith("model.path=")]
+    base = given[-1] if given else adapter_folders.base_of(path)
+    shape = hf.read_config(hf.resolve(locate.model(base)))
+    head = adapter_folders.head_of(path, shape.kind)
+    named = {"path": base, "head": head}
+    data = {"path": "unused"}
     begun = {
         "output_dir": "unused", "model": named, "data": data, "objective": {"name": OBJECTIVES[head]}, "method": "none"
     }  # fmt: skip
     raw = load.override(begun, changes)
-    shape = hf.read_config(hf.resolve(locate.model(raw["model"]["path"])))
     found = adapter_folders.read(path, shape, head=raw["model"]["head"])
+    longest = min(512, shape.max_positions - registry.build(found.specs).prefix)
+    raw = {**raw, "data": {"max_length": longest, **raw["data"]}}
     config = load.check({**raw, "method": found.specs}, str(path / found_lib.CONFIG))
     parts = assemble.parts(config, assemble.opened(config), num_labels=found.num_labels or shape.num_labels)
     loaded = _loaded(parts, beside)
     start = jax.eval_shape(parts.method.init, key_shape(), loaded.params)
+    if lost := [p for p in loaded.fresh if p not in start.edits]:
+        raise errors.CheckpointError(
+            f"{path}: neither it nor its base {parts.name} has {', '.join(lost)}, so what they were is not known; PEFT "
+            "saves them where modules_to_save names them"
+        )
     train = found_lib.trained(found, parts.method, start.train, parts.method.cuts(shape.num_layers))
     state = jax.jit(lambda p: parts.method.init(jax.random.key(config.seed), p).state)(loaded.params)
     state = found_lib.state_of(found, parts.method, state)
@@ -174,7 +182,8 @@ def prefix(text: str) -> int:
         return 0
     if not adapter_folders.is_adapter(text):
         return assemble.opened(load.load(folder.find(text) / "config.yaml")).method.prefix
-    found = adapter_folders.read(Path(text), reader(text)[1], head=adapter_folders.head_of(Path(text)))
+    shape = reader(text)[1]
+    found = adapter_folders.read(Path(text), shape, head=adapter_folders.head_of(Path(text), shape.kind))
     return registry.build(found.specs).prefix
 
 

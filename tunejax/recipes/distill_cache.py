@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from tunejax.config import load, schema
+from tunejax.config import load, locate, schema
 from tunejax.core import digest, errors
 from tunejax.core.model import Model
 from tunejax.data import collate, teacher_cache
@@ -58,7 +58,7 @@ def write(config: schema.Config) -> Found:
     parts = assemble.parts(config, opened, num_labels=len(data.labels), mesh=mesh)
     (model, params), _ = teacher.opened(parts, data.labels)
     manifest = describe(parts, data.train, params)
-    folder = Path(section.cache or "")
+    folder = Path(locate.expanded(section.cache or ""))
     teacher_cache.begin(folder, manifest)
     store = data.train.store
     where = teacher_cache.layout(teacher_cache.positions(store), manifest.k)

@@ -15,7 +15,7 @@ import numpy as np
 
 from tunejax.config import load, locate, schema
 from tunejax.core import errors
-from tunejax.data import completions, virtual
+from tunejax.data import bad, completions, virtual
 from tunejax.data import rows as sources
 from tunejax.evaluate import exact_match
 from tunejax.generate import decode, sampling
@@ -61,7 +61,9 @@ def write(config: schema.Config, output: Path, *, count: int = 1, keep_unfinishe
     tuned = artefact.open_run(name, mesh) if artefact.is_run(name) else artefact.plain(name, config.model.dtype)
     if not _writes(tuned):
         raise errors.ConfigError(f"distill.teacher {name} writes no text: name a decoder with an lm head")
-    train = rows.read(config, tuned.parts.tokenizer, tuned.parts.model_config.kind, tuned.parts.prompt).train
+    train = rows.read(
+        rows.answers_only(config), tuned.parts.tokenizer, tuned.parts.model_config.kind, tuned.parts.prompt
+    ).train
     assert train is not None
     if train.report.format not in samples.ANSWERED:
         raise errors.ConfigError(
@@ -137,9 +139,9 @@ def _front(config: schema.Config, tuned: artefact.Tuned) -> tuple[int, ...]:
 
 def _fields(config: schema.Config) -> dict[str, dict[str, Any]]:
     """The rows as they stand in the files, by source."""
-    d = config.data
+    d, rejects = config.data, bad.BadRows(config.data.on_bad_row)
     found = (
-        sources.read_rows(locate.locate(s.path), columns=d.columns, split=d.split, separator=d.separator,
+        sources.read_rows(locate.locate(s.path), rejects, columns=d.columns, split=d.split, separator=d.separator,
                           max_rows=d.max_rows)
         for s in d.path
     )  # fmt: skip

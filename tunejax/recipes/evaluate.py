@@ -35,7 +35,10 @@ def main(args: argparse.Namespace) -> None:
 
 
 def scores(parts: assemble.Parts, base: paths.Params, train: Any = None, method_state: Any = None) -> dict[str, Any]:
-    """The scores of an opened model on data.eval_path, and "rows", how many. Raises ConfigError where there are none.
+    """The scores of an opened model on data.eval_path, and "rows", how many; exact match may be of fewer.
+
+    Raises:
+      ConfigError: there are no rows.
 
     train, method_state: of the parts' method; empty unless given.
     """
@@ -58,7 +61,10 @@ def judge(parts: assemble.Parts) -> Callable[[paths.Params, Any, Any], dict[str,
         zero, key = jnp.zeros((), jnp.int32), jax.random.key(0)
         now = state.TrainState(zero, train, method_state, (), key, jnp.zeros(2, jnp.int32))
         with tempfile.TemporaryDirectory() as scratch:
-            return {**asks(now, base, Path(scratch), "now"), "rows": len(held_out.held_out or ())}
+            found = {**asks(now, base, Path(scratch), "now"), "rows": len(held_out.held_out or ())}
+        if "exact_match" in found:
+            found["exact_match_rows"] = min(found["rows"], config.evaluation.max_rows)
+        return found
 
     return measure
 

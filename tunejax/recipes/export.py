@@ -5,7 +5,7 @@ from pathlib import Path
 from types import ModuleType
 
 from tunejax.config import locate
-from tunejax.core import errors, paths
+from tunejax.core import errors, operators, paths
 from tunejax.interop import adapterhub, hf, peft
 from tunejax.recipes import artefact, folder, runtime
 
@@ -68,6 +68,8 @@ def _alone(output: Path, tuned: artefact.Tuned, args: argparse.Namespace) -> Non
     written = peft.Tuned(specs, parts.method, tuned.base, tuned.train, tuned.state)
     library = LIBRARIES[args.format]
     library.write(output, written, parts.model_config, head=head, base_name=base)
+    if any(map(operators.is_operator, paths.flatten(tuned.base).values())):
+        print("note: the run rounded its base, and the adapter was trained on that: load the base in 4 or 8 bits too")
 
 
 def _whole(tuned: artefact.Tuned) -> set[str]:

@@ -70,7 +70,7 @@ def ids(tuned: artefact.Tuned, prompt: str, args: argparse.Namespace) -> list[in
             f"the run's data.template places {len(tuned.parts.prompt)} virtual tokens; --chat and --raw leave it out"
         )
     turns = args.chat or data.format == samples.CHATS
-    found = list(tokenizer(prompt)["input_ids"]) if args.raw else samples.formed(tuned.parts, prompt, turns)
+    found = samples.unended(tokenizer, prompt) if args.raw else samples.formed(tuned.parts, prompt, turns)
     samples.check_room(tuned.parts, found, "the prompt")
     return found
 

@@ -75,6 +75,12 @@ def read(config: schema.Config, tokenizer: Any, kind: str, prompt: tuple[int, ..
     return Rows(train, _held_out(config, tokenizer, train.options) if d.eval_path else None)
 
 
+def answers_only(config: schema.Config) -> schema.Config:
+    """The config with nothing but answers in the loss: prompts end where the loss begins."""
+    update = {"completion_only_loss": True, "assistant_only_loss": True}
+    return config.model_copy(update={"data": config.data.model_copy(update=update)})
+
+
 def read_held_out(config: schema.Config, tokenizer: Any, kind: str, prompt: tuple[int, ...] = ()) -> Rows:
     """Reads data.eval_path alone. Without data.labels the classes are those of its own rows."""
     return Rows(None, _held_out(config, tokenizer, _options(config, kind, prompt)))

@@ -11,7 +11,8 @@ import numpy as np
 from tunejax.config import schema
 from tunejax.core import errors
 from tunejax.core.method import Context
-from tunejax.data import chat, completions, templates, virtual
+from tunejax.data import chat, completions, formats, templates, virtual
+from tunejax.data.corpus import Corpus
 from tunejax.data.options import LABELLED
 from tunejax.evaluate import exact_match, scores
 from tunejax.recipes import assemble, folder, rows
@@ -66,12 +67,21 @@ class Judge(NamedTuple):
             return []
         if self.rows.held_out.report.format not in ANSWERED:
             return []
-        tokenizer = self.parts.tokenizer
-        examples = [self.rows.held_out.store[i] for i in range(min(limit, len(self.rows.held_out)))]
+        tokenizer, asked = self.parts.tokenizer, self._asked(self.rows.held_out)
+        examples = [asked.store[i] for i in range(min(limit, len(asked)))]
         stops = stop_tokens(self.parts)
         tasks = [exact_match.task(e.tokens, e.targets, e.loss_weights, tokenizer, stops) for e in examples]
         size = max(1, min(32, len(tasks)))
         return exact_match.answers(generator(self.parts, params), tasks, tokenizer, batch_size=size)
+
+    def _asked(self, held_out: Corpus) -> Corpus:
+        """The held-out rows with the answers alone in the loss, which tells prompts from answers."""
+        if held_out.options.answers_only:
+            return held_out
+        config, parts = rows.answers_only(self.parts.config), self.parts
+        again = rows.read_held_out(config, parts.tokenizer, parts.model_config.kind, parts.prompt).held_out
+        assert again is not None
+        return again
 
     def free(self, params: Any) -> list[tuple[str, str]]:
         """What it generates for the prompts of the config."""
@@ -100,7 +110,7 @@ def formed(parts: assemble.Parts, prompt: str, turns: bool = False) -> list[int]
         made = parts.tokenizer.apply_chat_template(said, tokenize=True, add_generation_prompt=True, return_dict=True)
         return list(made["input_ids"])
     if not template:
-        return list(parts.tokenizer(prompt)["input_ids"])
+        return unended(parts.tokenizer, prompt)
     others = [name for name in templates.fields_of(template) if name != "prompt"]
     if others:
         raise errors.ConfigError(
@@ -109,7 +119,13 @@ def formed(parts: assemble.Parts, prompt: str, turns: bool = False) -> list[int]
         )
     inside = parts.prompt[len(parts.front) :]
     text = templates.filled(template, {"prompt": prompt}.get)
-    return list(virtual.reader(parts.tokenizer, inside)(text)["input_ids"])
+    return unended(virtual.reader(parts.tokenizer, inside), text)
+
+
+def unended(tokenizer: Any, text: str) -> list[int]:
+    """The tokens of a text that goes on: without those that the tokenizer puts behind every text."""
+    ids = list(tokenizer(text)["input_ids"])
+    return ids[: len(ids) - formats.closing(tokenizer)]
 
 
 def check_room(parts: assemble.Parts, prompt: list[int], name: str) -> None:
@@ -172,11 +188,14 @@ def generator(parts: assemble.Parts, params: Any) -> Callable[[Any, Any], list[l
 
 
 def stop_tokens(parts: assemble.Parts) -> tuple[int, ...]:
-    """The ids that end a text: the tokenizer's, and what generation_config.json names."""
-    found = {parts.tokenizer.eos_token_id, parts.config.data.eos_token_id}
-    file = parts.folder / "generation_config.json"
-    if file.is_file():
-        more = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
+    """The ids that end a text: the tokenizer's, the one that ends a turn of its chats, and what the checkpoint names.
+
+    generation_config.json names them, or, where there is none, config.json, as in `transformers`.
+    """
+    found = {parts.tokenizer.eos_token_id, parts.config.data.eos_token_id, chat.ending(parts.tokenizer)}
+    files = [f for name in ("generation_config.json", "config.json") if (f := parts.folder / name).is_file()]
+    if files:
+        more = json.loads(files[0].read_text(encoding="utf-8")).get("eos_token_id")
         found |= set(more if isinstance(more, list) else [more])
     return tuple(sorted(i for i in found if i is not None))
 

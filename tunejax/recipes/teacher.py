@@ -69,7 +69,7 @@ def place(text: str) -> str:
       ConfigError: there is no such run yet.
     """
     if not _names_config(text):
-        return text
+        return locate.expanded(text)
     run = load.load(locate.locate(text)).output_dir
     if not artefact.is_run(run):
         raise errors.ConfigError(f"distill.teacher: the run {run} is not there yet: tunejax train {text}")
@@ -145,7 +145,7 @@ def arrays(parts: assemble.Parts, rows: Corpus | None) -> Beside | None:
     if section.cache is None:
         return _aligned(parts, rows)
     return teacher_cache.Cache(
-        Path(section.cache),
+        Path(locate.expanded(section.cache)),
         rows.store,
         vocabulary=vocabulary(parts),
         temperature=section.temperature,
@@ -191,6 +191,11 @@ def on_policy(parts: assemble.Parts, rows: Corpus | None) -> policy.Options | No
         raise errors.ConfigError(
             f"the rows have the format {rows.report.format!r}; distill.on_policy answers prompts: "
             f"{' or '.join(samples.ANSWERED)}"
+        )
+    if not rows.options.answers_only:
+        raise errors.ConfigError(
+            "distill.on_policy learns from answers alone: data.completion_only_loss and data.assistant_only_loss must "
+            "be true"
         )
     if not samples.single_process():
         raise errors.ConfigError("distill.on_policy runs in one process, with as many devices as it has")

@@ -1,6 +1,7 @@
 """`tunejax train CONFIG`: a run from its config to its summary, read from top to bottom."""
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -108,8 +109,9 @@ def begin(ready: Ready) -> Begun:
     loaded = assemble.load(tuned)
     shapes = jax.eval_shape(tuned.method.init, key_shape(), loaded.params)
     counts = table.table(loaded.params, method.learning(tuned.method, shapes.train), shapes.edits)
-    announce(tuned, counts, report.describe(tuned.method, loaded.params, shapes), ready.data, ready.total)
-    fresh = {p: adapter.on_host(paths.get(loaded.params, p)) for p in loaded.fresh if p not in shapes.edits}
+    frozen = [p for p in loaded.fresh if p not in shapes.edits]
+    announce(tuned, counts, report.describe(tuned.method, loaded.params, shapes), ready.data, ready.total, frozen)
+    fresh = {p: adapter.on_host(paths.get(loaded.params, p)) for p in frozen}
     taught = teacher.find(tuned, ready.beside, ready.data.labels)
     parts = taught.with_method(tuned)
     key = jax.random.key(tuned.config.seed)
@@ -183,12 +185,23 @@ def training_step(parts: assemble.Parts, optimizer: Any, total: int) -> step.Ste
     )  # fmt: skip
 
 
-def announce(parts: assemble.Parts, counts: table.Table, targets: report.Report, data: rows.Rows, total: int) -> None:
-    """Prints what is about to run."""
+def announce(
+    parts: assemble.Parts,
+    counts: table.Table,
+    targets: report.Report,
+    data: rows.Rows,
+    total: int,
+    frozen: Sequence[str] = (),
+) -> None:
+    """Prints what is about to run. frozen: what the checkpoint lacks, which was drawn and does not train itself."""
     if jax.process_index():
         return
     print(f"{parts.name} ({parts.model_config.family}), {parts.method.name}, {total} steps, {data.line()}")
     short = settings.cut_short(parts.method, total)
-    warnings = [*data.warnings(), *([short] if short else [])]
+    drawn = (
+        f"the checkpoint has no {', '.join(frozen)}: drawn at random, and left so unless a method above it trains; "
+        f"add {{name: full, targets: [{', '.join('/' + p for p in frozen)}]}} to train it"
+    )
+    warnings = [*data.warnings(), *([short] if short else []), *([drawn] if frozen else [])]
     for line in [*targets.text().splitlines(), counts.summary(), *(f"warning: {w}" for w in warnings)]:
         print(f"  {line}")

@@ -24,7 +24,8 @@ def main(args: argparse.Namespace) -> None:
     settings.batches(config, parts.mesh)
     measured.check_best(parts)
     stored = tensors.open_folder(parts.folder)
-    settings.optimizer(config, total_steps=1000)
+    # How many steps an epoch has is not known before the rows are read.
+    settings.optimizer(config, total_steps=config.train.max_steps or max(1000, config.train.warmup_steps))
     if config.many:
         members.plan(members.configs_of(config))
     params = jax.eval_shape(parts.model.init, key_shape())

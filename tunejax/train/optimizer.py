@@ -64,12 +64,13 @@ def make_optimizer(
     rate = learning_rate if callable(learning_rate) else lambda update: jnp.asarray(constant, jnp.float32)
     rules = _rules(groups or {}, constant)
     decay = _decay(weight_decay, rules)
+    first, second = 0.9 if b1 is None else b1, (0.99 if kind == "lion" else 0.999) if b2 is None else b2
     steps = {
-        "adamw": lambda: [optax.scale_by_adam(b1 or 0.9, b2 or 0.999, eps), decay],
-        "lion": lambda: [optax.scale_by_lion(b1 or 0.9, b2 or 0.99), decay],
+        "adamw": lambda: [optax.scale_by_adam(first, second, eps), decay],
+        "lion": lambda: [optax.scale_by_lion(first, second), decay],
         "adafactor": lambda: [optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0), decay],
         "sgd": lambda: [decay, optax.trace(momentum) if momentum else optax.identity()],
-        "muon": lambda: [_muon(0.95 if momentum == 0.9 else momentum, b1 or 0.9, b2 or 0.999, eps), decay],
+        "muon": lambda: [_muon(0.95 if momentum == 0.9 else momentum, first, second, eps), decay],
     }[kind]()
     chained = optax.chain(*steps, optax.scale_by_learning_rate(rate), _group_scale(rules))
 
@@ -86,9 +87,9 @@ def name_of(key_path: tuple) -> str:
 
 
 def decays(path: str) -> bool:
-    """Whether a leaf gets weight decay: it is no bias, and belongs to no norm."""
+    """Whether a leaf gets weight decay: it is no bias (an adapter's "down_bias" is one), and belongs to no norm."""
     keys = path.split("/")
-    return keys[-1] != "bias" and not any(k.endswith("norm") for k in keys)
+    return "bias" not in keys[-1] and not any(k.endswith("norm") for k in keys)
 
 
 class _Rule(NamedTuple):
