@@ -20,14 +20,14 @@ def ours(weights):
     out = {"rows": weights["embedding.weight"]}
     heads = sorted({int(k.split(".")[1]) for k in weights if k.startswith("mlp_head")})
     for i, n in enumerate(heads):
-        out |= {f"w{i}": weights[f"mlp_head.{n}.weight"].T, f"b{i}": weights[f"mlp_head.{n}.bias"]}
+        out |= {f"w{i}": weights[f"mlp_head.{n}.weight"].T, f"bias{i}": weights[f"mlp_head.{n}.bias"]}
     i = 0
     while f"lstm_head.weight_ih_l{i}" in weights:
         both = [f"l{i}", f"l{i}_reverse"]
         x, h, b, c = ([weights[f"lstm_head.{kind}_{end}"] for end in both]
                       for kind in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))  # fmt: skip
         out[f"lstm{i}_x"], out[f"lstm{i}_h"] = np.stack([w.T for w in x]), np.stack([w.T for w in h])
-        out[f"lstm{i}_b"] = np.stack(b) + np.stack(c)
+        out[f"lstm{i}_bias"] = np.stack(b) + np.stack(c)
         i += 1
     return {TABLE: jax.tree.map(jnp.asarray, out)}
 
@@ -60,7 +60,7 @@ def test_logits_and_gradients_on_llama(kind, tmp_path):
     slopes = ours(arrays_of(made, lambda w: w.grad))
     for name, g in grads[TABLE].items():
         # torch's two biases have one gradient, which `ours` adds up.
-        e = slopes[TABLE][name] / (2 if name.endswith("_b") else 1)
+        e = slopes[TABLE][name] / (2 if name.endswith("_bias") else 1)
         assert np.abs(e).max() > 1e-4, name
         np.testing.assert_allclose(g, e, rtol=1e-4, atol=1e-4 * np.abs(e).max(), err_msg=name)
 
