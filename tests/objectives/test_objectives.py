@@ -70,7 +70,8 @@ def test_classification_reads_the_labelled_position_and_ignores_empty_rows():
     targets[np.arange(6), at] = labels
     b |= {"loss_weights": jnp.asarray(weights), "targets": jnp.asarray(targets)}
     logits = to_torch(params["table"][b["tokens"]][np.arange(5), at[:5]] @ params["head"])
-    for options in ({}, {"label_smoothing": 0.2}, {"class_weights": (1.0, 2.0, 0.5)}):
+    for options in ({}, {"label_smoothing": 0.2}, {"class_weights": (1.0, 2.0, 0.5)},
+                    {"class_weights": (1.0, 2.0, 0.5), "label_smoothing": 0.2}):  # fmt: skip
         loss, weight, metrics = classification.make(**options).loss(model, params, {}, b, TRAIN)
         kw = {"label_smoothing": options.get("label_smoothing", 0.0)}
         if "class_weights" in options:
