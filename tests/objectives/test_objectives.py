@@ -57,7 +57,20 @@ def test_causal_lm():
     np.testing.assert_allclose(weight, b["loss_weights"].sum(), rtol=1e-6)
     hits = (logits.argmax(-1) == to_torch(b["targets"])).numpy()
     np.testing.assert_allclose(metrics["accuracy"], (hits * np.asarray(b["loss_weights"])).sum(), rtol=1e-6)
-    assert causal_lm.make().loss(model, params, {}, b, TRAIN)[2] == {}
+    assert causal_lm.make(label_smoothing=0.1).loss(model, params, {}, b, TRAIN)[2] == {}
+
+
+@pytest.mark.parametrize("options", [{"label_smoothing": 0.2}, {"z_loss": 0.01}])
+def test_nll_is_cross_entropy_alone(options):
+    model, params = toy(VOCAB)
+    b = batch()
+    logits = to_torch(model.logits(params, model.hidden(params, b)[0]))
+    plain = torch.nn.functional.cross_entropy(logits.transpose(1, 2), to_torch(b["targets"]).long(), reduction="none")
+    want = (plain * to_torch(b["loss_weights"])).sum()
+    loss, _, metrics = causal_lm.make(**options, chunk_size=4).loss(model, params, {}, b, EVAL)
+    np.testing.assert_allclose(metrics["nll"], want, rtol=1e-6)
+    assert abs(float(loss) - float(want)) > 0.1
+    assert set(causal_lm.make().loss(model, params, {}, b, EVAL)[2]) == {"accuracy"}
 
 
 def test_classification_reads_the_labelled_position_and_ignores_empty_rows():
