@@ -1,5 +1,6 @@
 """What a model says and scores on the held-out rows, before and after a run."""
 
+import itertools
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -143,7 +144,8 @@ def before(judge: Judge, state: TrainState, base: Any, out: Path) -> dict[str, f
 def generator(parts: assemble.Parts, params: Any) -> Callable[[Any, Any], list[list[int]]]:
     """(tokens, attention_mask [batch, length]) -> what is said after each row, by the config's generation section.
 
-    It ends before the first stop token, and where the model has no further position.
+    It ends before the first stop token, and where the model has no further position. What is drawn of a row depends on
+    the seed, on how often this was called before, and on its place in the batch.
     """
     from tunejax.generate import decode, sampling
 
@@ -152,6 +154,7 @@ def generator(parts: assemble.Parts, params: Any) -> Callable[[Any, Any], list[l
 
     stops = stop_tokens(parts)
     limit = parts.model_config.max_positions - taken_before(parts)
+    calls = itertools.count()
 
     def generate(tokens: Any, mask: Any) -> list[list[int]]:
         new = decode.generate(
@@ -162,7 +165,7 @@ def generator(parts: assemble.Parts, params: Any) -> Callable[[Any, Any], list[l
             max_new_tokens=g.max_new_tokens,
             sampling=how,
             stop_tokens=stops,
-            key=jax.random.key(parts.config.seed),
+            key=jax.random.fold_in(jax.random.key(parts.config.seed), next(calls)),
             prompt=parts.front,
         )
         left = limit - np.asarray(mask).sum(axis=1)
