@@ -15,6 +15,7 @@ from tunejax.core.method import Context
 from tunejax.data import chat, completions, templates, virtual
 from tunejax.data.options import LABELLED
 from tunejax.evaluate import exact_match, scores
+from tunejax.interop import hf
 from tunejax.recipes import assemble, folder, rows
 from tunejax.train import evaluation
 from tunejax.train.state import TrainState
@@ -175,12 +176,14 @@ def generator(parts: assemble.Parts, params: Any) -> Callable[[Any, Any], list[l
 
 
 def stop_tokens(parts: assemble.Parts) -> tuple[int, ...]:
-    """The ids that end a text: the tokenizer's, and what generation_config.json names."""
-    found = {parts.tokenizer.eos_token_id, parts.config.data.eos_token_id}
-    file = parts.folder / "generation_config.json"
-    if file.is_file():
-        more = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
-        found |= set(more if isinstance(more, list) else [more])
+    """The ids that end a text: the tokenizer's, the config's, and what generation_config.json names.
+
+    Raises:
+      CheckpointError: generation_config.json is damaged.
+    """
+    more = hf.generation_config(parts.folder).get("eos_token_id")
+    named = more if isinstance(more, list) else [more]
+    found = {parts.tokenizer.eos_token_id, parts.config.data.eos_token_id, *named}
     return tuple(sorted(i for i in found if i is not None))
 
 
