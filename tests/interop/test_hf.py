@@ -212,8 +212,9 @@ def test_the_tokenizer_comes_along(checkpoint, assets, tmp_path):
     config = hf.read_config(folder)
     params, report = hf.load(folder, config, head="lm")
     assert report.fresh == []
-    hf.save(tmp_path / "out", params, config, head="lm", tokenizer_from=folder)
-    assert (tmp_path / "out" / "generation_config.json").is_file()
+    hf.save(tmp_path / "out", params, config, head="lm", tokenizer_from=folder, texts={"chat_template.jinja": "a"})
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == "a"
+    assert hf.generation_config(tmp_path / "out") == {} != hf.generation_config(folder)
     text = "Once upon a time"
     assert hf.tokenizer(tmp_path / "out")(text)["input_ids"] == hf.tokenizer(folder)(text)["input_ids"]
     with pytest.raises(errors.CheckpointError, match="has no tokenizer"):

@@ -81,11 +81,13 @@ def test_bfloat16_keeps_types_and_a_float32_softmax():
     np.testing.assert_allclose(got, plain_loss(head, hidden, targets, weights), rtol=1e-5)
 
 
-def test_accuracy_counts_hits():
+def test_accuracy_counts_hits_and_nll_is_plain():
     head, hidden, targets, weights = inputs()
     out = cross_entropy.over_positions(
-        logits, head, hidden, targets, weights, vocab_size=VOCAB, chunk_size=4, accuracy=True
-    )
+        logits, head, hidden, targets, weights, vocab_size=VOCAB, chunk_size=4, measured=True, label_smoothing=0.2,
+        z_loss=1e-2,
+    )  # fmt: skip
+    np.testing.assert_allclose(out.nll, plain_loss(head, hidden, targets, weights), rtol=1e-6)
     hits = np.argmax(np.asarray(logits(head, hidden)), -1) == np.asarray(targets)
     np.testing.assert_allclose(out.correct, np.sum(np.asarray(weights) * hits), rtol=1e-6)
 

@@ -57,7 +57,20 @@ def test_causal_lm():
     np.testing.assert_allclose(weight, b["loss_weights"].sum(), rtol=1e-6)
     hits = (logits.argmax(-1) == to_torch(b["targets"])).numpy()
     np.testing.assert_allclose(metrics["accuracy"], (hits * np.asarray(b["loss_weights"])).sum(), rtol=1e-6)
-    assert causal_lm.make().loss(model, params, {}, b, TRAIN)[2] == {}
+    assert causal_lm.make(label_smoothing=0.1).loss(model, params, {}, b, TRAIN)[2] == {}
+
+
+@pytest.mark.parametrize("options", [{"label_smoothing": 0.2}, {"z_loss": 0.01}])
+def test_nll_is_cross_entropy_alone(options):
+    model, params = toy(VOCAB)
+    b = batch()
+    logits = to_torch(model.logits(params, model.hidden(params, b)[0]))
+    plain = torch.nn.functional.cross_entropy(logits.transpose(1, 2), to_torch(b["targets"]).long(), reduction="none")
+    want = (plain * to_torch(b["loss_weights"])).sum()
+    loss, _, metrics = causal_lm.make(**options, chunk_size=4).loss(model, params, {}, b, EVAL)
+    np.testing.assert_allclose(metrics["nll"], want, rtol=1e-6)
+    assert abs(float(loss) - float(want)) > 0.1
+    assert set(causal_lm.make().loss(model, params, {}, b, EVAL)[2]) == {"accuracy"}
 
 
 def test_classification_reads_the_labelled_position_and_ignores_empty_rows():
@@ -70,7 +83,8 @@ def test_classification_reads_the_labelled_position_and_ignores_empty_rows():
     targets[np.arange(6), at] = labels
     b |= {"loss_weights": jnp.asarray(weights), "targets": jnp.asarray(targets)}
     logits = to_torch(params["table"][b["tokens"]][np.arange(5), at[:5]] @ params["head"])
-    for options in ({}, {"label_smoothing": 0.2}, {"class_weights": (1.0, 2.0, 0.5)}):
+    for options in ({}, {"label_smoothing": 0.2}, {"class_weights": (1.0, 2.0, 0.5)},
+                    {"class_weights": (1.0, 2.0, 0.5), "label_smoothing": 0.2}):  # fmt: skip
         loss, weight, metrics = classification.make(**options).loss(model, params, {}, b, TRAIN)
         kw = {"label_smoothing": options.get("label_smoothing", 0.0)}
         if "class_weights" in options:
@@ -156,6 +170,46 @@ def test_masked_lm_hides_anew_in_training_and_alike_in_evaluation():
     assert weight(TRAIN) != weight(TRAIN._replace(key=jax.random.key(9)))
     ready = masked_lm.make().loss(model, params, {}, batch(), EVAL)
     np.testing.assert_allclose(ready[0], causal_lm.make().loss(model, params, {}, batch(), EVAL)[0], rtol=1e-6)
+
+
+def test_what_evaluation_hides_of_a_text_is_its_own_matter():
+    """Two texts in batches of other sizes, lengths and orders, packed, and behind virtual tokens."""
+    rng = np.random.default_rng(0)
+    texts = [rng.integers(5, VOCAB, n).astype(np.int32) for n in (40, 25)]
+
+    def hidden(rows, length):
+        """What is shown and hidden of each text of ``rows``, which are lists of (text, virtual tokens before it)."""
+        tokens, segments = np.zeros((2, len(rows), length), np.int32)
+        where = []
+        for r, pieces in enumerate(rows):
+            at = 0
+            for segment, (i, front) in enumerate(pieces, 1):
+                piece = [VOCAB + 1] * front + texts[i].tolist()
+                tokens[r, at : at + len(piece)], segments[r, at : at + len(piece)] = piece, segment
+                where.append((i, r, slice(at + front, at + len(piece))))
+                at += len(piece)
+        b = {"tokens": jnp.asarray(tokens), "segment_ids": jnp.asarray(segments)}
+        hide = jax.jit(lambda b: masked_lm.hide(jax.random.key(1), b, 4, VOCAB, 0.5, (2,), by_content=True))
+        out = jax.device_get(hide(b))
+        return {i: (out["tokens"][r, at], out["loss_weights"][r, at]) for i, r, at in where}
+
+    want = hidden([[(0, 0)], [(1, 0)]], 40)
+    assert 8 < want[0][1].sum() < 32
+    assert (want[0][0][:25] == 4).tolist() != (want[1][0] == 4).tolist()
+    for rows, length in (([[(1, 0)], [(0, 0)], [], []], 64), ([[(0, 0), (1, 0)]], 70), ([[(1, 3), (0, 3)]], 80)):
+        for i, found in hidden(rows, length).items():
+            np.testing.assert_array_equal(found, want[i])
+
+
+def test_masked_lm_hides_by_content_in_evaluation_as_often_as_in_training():
+    tokens = np.random.default_rng(0).integers(5, VOCAB, (64, 200)).astype(np.int32)
+    b = {"tokens": jnp.asarray(tokens), "segment_ids": jnp.ones((64, 200), jnp.int32)}
+    out = jax.device_get(masked_lm.hide(jax.random.key(1), b, 4, VOCAB, 0.15, by_content=True))
+    hidden = out["loss_weights"] > 0
+    assert abs(hidden.mean() - 0.15) < 0.01
+    assert abs((out["tokens"] == 4)[hidden].mean() - 0.8) < 0.03
+    assert abs((out["tokens"] == tokens)[hidden].mean() - 0.1) < 0.02
+    assert len({row.tobytes() for row in hidden}) == 64
 
 
 @pytest.mark.parametrize(("make", "options"), [

@@ -52,3 +52,4 @@ def test_perplexity_follows_from_the_loss():
     assert scores.with_perplexity({"loss": 1000.0})["perplexity"] == float("inf")
     assert np.isnan(scores.with_perplexity({"loss": float("nan")})["perplexity"])
     assert scores.with_perplexity({"accuracy": 1.0}) == {"accuracy": 1.0}
+    assert scores.with_perplexity({"loss": 2.0, "nll": 0.0})["perplexity"] == 1.0

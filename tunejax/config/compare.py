@@ -32,7 +32,7 @@ class CompareSection(schema.Section):
     methods: dict[str, Any] = Field(min_length=1, description="label -> method, or {method, train, ...}; or a list")
     seeds: list[int] = Field([0, 1, 2], min_length=1, description="one run of each method for each")
     metric: str = Field(min_length=1, description="quality: a score of the held-out rows, such as eval_accuracy")
-    greater_is_better: bool | None = Field(None, description="by default false for a loss or perplexity, else true")
+    greater_is_better: bool | None = Field(None, description="by default false for loss, nll, perplexity, else true")
     target: float | None = Field(None, description="quality to which the time is told")
 
     @field_validator("methods", mode="before")
@@ -70,7 +70,7 @@ class CompareSection(schema.Section):
         """Whether greater quality is better."""
         if self.greater_is_better is not None:
             return self.greater_is_better
-        return not re.search("loss|perplexity", self.metric)
+        return not re.search("loss|nll|perplexity", self.metric)
 
     def reaches(self, value: float) -> bool:
         """Whether ``value`` is as good as the target, or better. Only where there is one."""

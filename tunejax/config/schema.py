@@ -203,7 +203,7 @@ class TrainSection(Section):
     save_steps: int | None = Field(None, ge=1, description="by default a tenth of all steps")
     save_total_limit: int = Field(2, ge=1)
     metric_for_best_model: str = "eval_loss"
-    greater_is_better: bool | None = Field(None, description="by default false for a loss, else true")
+    greater_is_better: bool | None = Field(None, description="by default false for a loss or nll, else true")
     early_stopping_patience: int | None = Field(None, ge=1, description="evaluations without a better one")
     load_best_model_at_end: bool | None = Field(None, description="by default where early_stopping_patience is given")
     max_nonfinite_steps: int = Field(5, ge=1, description="stop after so many skipped updates in a row")

@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +19,8 @@ from tunejax.models import build
 from tunejax.models.config import ModelConfig
 from tunejax.models.families import registry
 
+GENERATION = "generation_config.json"
+TEMPLATE = "chat_template.jinja"
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -29,7 +31,7 @@ TOKENIZER_FILES = (
     "merges.txt",
     "tokenizer.model",
     "spiece.model",
-    "chat_template.jinja",
+    TEMPLATE,
 )
 PATTERNS = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
 FRESH_HEADS = ("/head/*", "/pooler/*", "/classifier/*", "/mlm/**")
@@ -88,6 +90,22 @@ def read_config(folder: str | Path) -> ModelConfig:
         raise errors.CheckpointError(f"{file} lacks {e.args[0]!r}, which a {raw['model_type']} has") from None
     except errors.CheckpointError as e:
         raise errors.CheckpointError(f"{file}: {e}") from None
+
+
+def generation_config(folder: str | Path) -> dict[str, Any]:
+    """What a folder's generation_config.json says; nothing where there is none. Raises CheckpointError: damaged."""
+    return _read_json(Path(folder) / GENERATION) or {}
+
+
+def ends(folder: str | Path) -> list[int]:
+    """The ids that end a text by generation_config.json, or, where there is none, by config.json, as in `transformers`.
+
+    Raises:
+      CheckpointError: a file is damaged.
+    """
+    files = (_read_json(Path(folder) / name) for name in (GENERATION, "config.json"))
+    named = next((f for f in files if f is not None), {}).get("eos_token_id")
+    return named if isinstance(named, list) else [] if named is None else [named]
 
 
 def _read_json(file: Path) -> dict[str, Any] | None:
@@ -189,6 +207,7 @@ def save(
     head: str,
     dtype: Any = None,
     tokenizer_from: str | Path | None = None,
+    texts: Mapping[str, str] | None = None,
     max_shard_size: int = 5_000_000_000,
 ) -> None:
     """Writes a checkpoint that `transformers` loads: all of it, or (a failure) nothing.
@@ -198,7 +217,8 @@ def save(
       params: plain arrays (after ``method.merge``), cut into segments in any way.
       config, head: what the parameters are of.
       dtype: of what is written; by default each tensor keeps its own.
-      tokenizer_from: a checkpoint whose tokenizer files and generation_config.json are copied.
+      tokenizer_from: a checkpoint whose tokenizer files are copied.
+      texts: further files, by name; they stand over what is copied.
       max_shard_size: bytes; beyond it, several files and an index.
 
     Raises:
@@ -220,6 +240,9 @@ def save(
     try:
         written = tensors.write_folder(half, out, max_shard_size)
         written += _copy(Path(tokenizer_from), half) if tokenizer_from is not None else []
+        for name, text in (texts or {}).items():
+            (half / name).write_text(text, encoding="utf-8")
+        written += [name for name in texts or {} if name not in written]
         (half / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
         _publish(half, folder, [*written, "config.json"])
     finally:
@@ -227,7 +250,7 @@ def save(
 
 
 def _copy(source: Path, target: Path) -> list[str]:
-    there = [n for n in (*TOKENIZER_FILES, "generation_config.json") if (source / n).is_file()]
+    there = [n for n in TOKENIZER_FILES if (source / n).is_file()]
     for name in there:
         shutil.copyfile(source / name, target / name)
     return there

@@ -18,7 +18,8 @@ def make(*, label_smoothing: float = 0.0, z_loss: float = 0.0, chunk_size: int |
       z_loss: weight of the squared log-partition.
       chunk_size: positions a chunk of logits; by default chosen by memory.
 
-    Metrics: accuracy over the weighted positions, in evaluation only (it costs a pass over the logits).
+    Metrics: accuracy over the weighted positions, in evaluation only (it costs a pass over the logits); there also nll,
+    the cross-entropy alone, where the loss is more than that.
     """
     check_options(label_smoothing, z_loss, chunk_size)
 
@@ -39,7 +40,10 @@ def vocabulary_loss(
     z_loss: float = 0.0,
     chunk_size: int | None = None,
 ) -> LossOutput:
-    """The chunked loss of ``hidden`` [batch, length, embed] on the targets and loss_weights of ``batch``."""
+    """The chunked loss of ``hidden`` [batch, length, embed] on the targets and loss_weights of ``batch``.
+
+    Metrics as of `make`.
+    """
     weights = batch["loss_weights"]
     out = cross_entropy.over_positions(
         model.logits,
@@ -51,9 +55,11 @@ def vocabulary_loss(
         label_smoothing=label_smoothing,
         z_loss=z_loss,
         chunk_size=chunk_size,
-        accuracy=not ctx.train,
+        measured=not ctx.train,
     )
     metrics = {} if ctx.train else {"accuracy": out.correct}
+    if metrics and (label_smoothing or z_loss):
+        metrics["nll"] = out.nll
     return out.loss, weights.astype("float32").sum(), metrics
 
 

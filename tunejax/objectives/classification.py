@@ -21,7 +21,8 @@ def make(*, label_smoothing: float = 0.0, class_weights: tuple[float, ...] | Non
 
     Args:
       label_smoothing: e of (1 - e) one_hot + e / labels.
-      class_weights: a factor on the loss_weight of each label's rows, so the mean is weighted, as in torch.
+      class_weights: a factor on the loss_weight of each label's rows, so the mean is weighted, as in torch; with
+        label_smoothing, what a row's loss has of each label is weighted by that label, as there.
 
     Metrics: accuracy (unweighted by class); in evaluation also matthews, as of `matthews`.
     """
@@ -39,6 +40,8 @@ def objective(
         x, labels, rows = labelled(model, params, hidden, batch, columns)
         weights = rows if class_weights is None else rows * _of_classes(class_weights, labels)
         logp = jax.nn.log_softmax(x, axis=-1)
+        if class_weights is not None:
+            logp *= jnp.asarray(class_weights, jnp.float32)
         losses = -(1 - label_smoothing) * jnp.take_along_axis(logp, labels[:, None], axis=-1)[:, 0]
         losses -= label_smoothing * jnp.mean(logp, axis=-1)
         correct = (jnp.argmax(x, axis=-1) == labels).astype(jnp.float32)
@@ -46,7 +49,7 @@ def objective(
         if not ctx.train:
             true, said = (jax.nn.one_hot(k, x.shape[-1]) for k in (labels, jnp.argmax(x, axis=-1)))
             metrics["confusion"] = (jnp.einsum("r,rt,rs->ts", rows, true, said), jnp.sum(rows))
-        return jnp.sum(weights * losses), jnp.sum(weights), metrics
+        return jnp.sum(rows * losses), jnp.sum(weights), metrics
 
     def weights(batch: Batch) -> jax.Array:
         return batch["loss_weights"] * _of_classes(class_weights or (), batch["targets"])

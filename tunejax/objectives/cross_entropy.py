@@ -13,11 +13,14 @@ from tunejax.objectives.chunked import Given, Loss, Metrics
 
 
 class Output(NamedTuple):
-    """loss: float32 scalar, the weighted sum. correct: float32 scalar, the weights of positions whose target has the
-    highest logit (0 unless asked for)."""
+    """Float32 scalars. loss: the weighted sum. correct: the weights of positions whose target has the highest logit.
+
+    nll: the weighted sum of plain cross-entropies, without smoothing and z_loss. It and correct are 0 unless asked for.
+    """
 
     loss: jax.Array
     correct: jax.Array
+    nll: jax.Array
 
 
 def over_positions(
@@ -31,7 +34,7 @@ def over_positions(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     chunk_size: int | None = None,
-    accuracy: bool = False,
+    measured: bool = False,
 ) -> Output:
     """Weighted sum of cross-entropies, softmax in float32, in chunks: see `chunked.weighted_sum`.
 
@@ -40,19 +43,19 @@ def over_positions(
       targets: [batch, length] int32. Where the weight is 0 any value will do (-100 too).
       label_smoothing: e of (1 - e) one_hot + e / vocab, as in `torch.nn.functional.cross_entropy`.
       z_loss: adds z * logsumexp(logits)^2 a position (PaLM, arXiv:2204.02311, section 5).
-      accuracy: also count the targets that have the highest logit; costs one more pass over the logits.
+      measured: also sum what training does not need, correct and nll; costs one more pass over the logits.
     """
     given = Given(jnp.clip(targets, 0, vocab_size - 1))
     total, metrics = chunked.weighted_sum(
-        loss(label_smoothing, z_loss, accuracy), logits, head, hidden, given, weights, vocab_size=vocab_size,
+        loss(label_smoothing, z_loss, measured), logits, head, hidden, given, weights, vocab_size=vocab_size,
         chunk_size=chunk_size,
     )  # fmt: skip
-    return Output(total, metrics.get("correct", jnp.zeros((), jnp.float32)))
+    return Output(total, *(metrics.get(name, jnp.zeros((), jnp.float32)) for name in ("correct", "nll")))
 
 
 @functools.cache
-def loss(label_smoothing: float = 0.0, z_loss: float = 0.0, accuracy: bool = False) -> Loss:
-    """The loss of one row; its ``given.rows`` are the targets [rows]."""
+def loss(label_smoothing: float = 0.0, z_loss: float = 0.0, measured: bool = False) -> Loss:
+    """The loss of one row; its ``given.rows`` are the targets [rows]. measured: as in `over_positions`."""
 
     def value(x: jax.Array, given: Given) -> tuple[jax.Array, jax.Array, Metrics]:
         targets = given.rows
@@ -63,8 +66,9 @@ def loss(label_smoothing: float = 0.0, z_loss: float = 0.0, accuracy: bool = Fal
             losses -= label_smoothing * jnp.mean(x, axis=-1)
         if z_loss:
             losses += z_loss * jnp.square(lse)
-        metrics = {"correct": (jnp.argmax(x, axis=-1) == targets).astype(jnp.float32)} if accuracy else {}
-        return losses, lse, metrics
+        if not measured:
+            return losses, lse, {}
+        return losses, lse, {"correct": (jnp.argmax(x, axis=-1) == targets).astype(jnp.float32), "nll": lse - hit}
 
     def slope(x: jax.Array, lse: jax.Array, given: Given, weights: jax.Array) -> jax.Array:
         vocab = x.shape[-1]

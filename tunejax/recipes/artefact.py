@@ -20,7 +20,7 @@ from tunejax.recipes import adapter, assemble, folder
 class Tuned(NamedTuple):
     """A model with what a run trained. params: bound, ready for the model; base: after the method's edits.
 
-    loaded: the base before them.
+    loaded: the base before them. row_format: of the rows that it was trained on, where that is known.
     """
 
     parts: assemble.Parts
@@ -28,6 +28,7 @@ class Tuned(NamedTuple):
     train: Any
     state: Any
     loaded: assemble.Loaded
+    row_format: str | None = None
 
     @property
     def params(self) -> paths.Params:
@@ -70,7 +71,8 @@ def open_run(text: str, changes: list[str] | None = None, beside: Tuned | None =
     params = paths.replace(loaded.params, _fresh(found, loaded))
     start = jax.eval_shape(parts.method.init, key_shape(), params)
     train, state = (adapter.restore(found, k, getattr(start, k)) for k in ("train", "state"))
-    return Tuned(parts, _edited(parts, params), train, state, loaded._replace(params=params))
+    trained_on = found.info.get("row_format") or config.data.format
+    return Tuned(parts, _edited(parts, params), train, state, loaded._replace(params=params), trained_on)
 
 
 def _loaded(parts: assemble.Parts, beside: Tuned | None) -> assemble.Loaded:

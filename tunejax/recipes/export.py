@@ -6,8 +6,8 @@ from types import ModuleType
 
 from tunejax.config import locate
 from tunejax.core import errors, operators, paths
-from tunejax.interop import adapterhub, hf, peft
-from tunejax.recipes import artefact, folder, runtime
+from tunejax.interop import adapterhub, peft
+from tunejax.recipes import artefact, exported, folder, runtime
 
 LIBRARIES: dict[str, ModuleType] = {"peft": peft, "adapterhub": adapterhub}
 """Format -> what writes an adapter alone in it."""
@@ -31,14 +31,7 @@ def _merged(output: Path, tuned: artefact.Tuned, args: argparse.Namespace) -> No
     merged = tuned.parts.method.merge(tuned.base, tuned.train, tuned.state)
     if any(layers["gate"] is not None for layers in merged["layers"].values()):
         raise errors.ConfigError("the run masks layers, which no checkpoint can say; cut them: tunejax shrink")
-    hf.save(
-        output,
-        merged,
-        tuned.parts.model_config,
-        head=tuned.parts.config.model.head or "lm",
-        dtype=args.dtype,
-        tokenizer_from=artefact.tokenizer_folder(tuned.parts),
-    )
+    exported.save(output, merged, tuned.parts.model_config, tuned, args.dtype)
 
 
 def _alone(output: Path, tuned: artefact.Tuned, args: argparse.Namespace) -> None:

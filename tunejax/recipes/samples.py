@@ -1,5 +1,6 @@
 """What a model says and scores on the held-out rows, before and after a run."""
 
+import itertools
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -15,6 +16,7 @@ from tunejax.data import chat, completions, formats, templates, virtual
 from tunejax.data.corpus import Corpus
 from tunejax.data.options import LABELLED
 from tunejax.evaluate import exact_match, scores
+from tunejax.interop import hf
 from tunejax.recipes import assemble, folder, rows
 from tunejax.train import evaluation
 from tunejax.train.state import TrainState
@@ -159,7 +161,8 @@ def before(judge: Judge, state: TrainState, base: Any, out: Path) -> dict[str, f
 def generator(parts: assemble.Parts, params: Any) -> Callable[[Any, Any], list[list[int]]]:
     """(tokens, attention_mask [batch, length]) -> what is said after each row, by the config's generation section.
 
-    It ends before the first stop token, and where the model has no further position.
+    It ends before the first stop token, and where the model has no further position. What is drawn of a row depends on
+    the seed, on how often this was called before, and on its place in the batch.
     """
     from tunejax.generate import decode, sampling
 
@@ -168,6 +171,7 @@ def generator(parts: assemble.Parts, params: Any) -> Callable[[Any, Any], list[l
 
     stops = stop_tokens(parts)
     limit = parts.model_config.max_positions - taken_before(parts)
+    calls = itertools.count()
 
     def generate(tokens: Any, mask: Any) -> list[list[int]]:
         new = decode.generate(
@@ -178,7 +182,7 @@ def generator(parts: assemble.Parts, params: Any) -> Callable[[Any, Any], list[l
             max_new_tokens=g.max_new_tokens,
             sampling=how,
             stop_tokens=stops,
-            key=jax.random.key(parts.config.seed),
+            key=jax.random.fold_in(jax.random.key(parts.config.seed), next(calls)),
             prompt=parts.front,
         )
         left = limit - np.asarray(mask).sum(axis=1)
@@ -190,13 +194,11 @@ def generator(parts: assemble.Parts, params: Any) -> Callable[[Any, Any], list[l
 def stop_tokens(parts: assemble.Parts) -> tuple[int, ...]:
     """The ids that end a text: the tokenizer's, the one that ends a turn of its chats, and what the checkpoint names.
 
-    generation_config.json names them, or, where there is none, config.json, as in `transformers`.
+    Raises:
+      CheckpointError: a file of its folder is damaged.
     """
-    found = {parts.tokenizer.eos_token_id, parts.config.data.eos_token_id, chat.ending(parts.tokenizer)}
-    files = [f for name in ("generation_config.json", "config.json") if (f := parts.folder / name).is_file()]
-    if files:
-        more = json.loads(files[0].read_text(encoding="utf-8")).get("eos_token_id")
-        found |= set(more if isinstance(more, list) else [more])
+    own = {parts.tokenizer.eos_token_id, parts.config.data.eos_token_id, chat.ending(parts.tokenizer)}
+    found = {*own, *hf.ends(parts.folder)}
     return tuple(sorted(i for i in found if i is not None))
 
 

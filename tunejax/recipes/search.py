@@ -44,7 +44,7 @@ class Asked(NamedTuple):
     @property
     def higher_wins(self) -> bool:
         """Whether greater quality is better."""
-        return self.metric not in ("loss", "perplexity")
+        return self.metric not in ("loss", "nll", "perplexity")
 
 
 class Space:

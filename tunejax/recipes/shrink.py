@@ -18,12 +18,12 @@ import numpy as np
 from tunejax.config import load, schema
 from tunejax.core import errors, masked, method
 from tunejax.core.model import key_shape
-from tunejax.interop import hf
 from tunejax.models import cut
 from tunejax.recipes import (
     artefact,
     assemble,
     before_after,
+    exported,
     folder,
     latency,
     outcome,
@@ -207,7 +207,7 @@ def make(args: argparse.Namespace, output: Path, asked: dict[str, Any]) -> dict[
     [(expected, _)] = before_after.logits([(parts.model, bound)], batch)
     half = output.with_name(f".{output.name}.part")
     shutil.rmtree(half, ignore_errors=True)
-    hf.save(half, small, smaller, head=head, dtype=args.dtype, tokenizer_from=artefact.tokenizer_folder(parts))
+    exported.save(half, small, smaller, tuned, args.dtype)
     report = {
         "command": asked,
         "run": args.run,

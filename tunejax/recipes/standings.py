@@ -209,7 +209,7 @@ def to_target(summary: dict[str, Any], rows: list[dict[str, Any]], section: comp
 
 
 def measured_in(row: dict[str, Any], metric: str) -> float | None:
-    """The metric at an evaluation; perplexity is not written there, and follows from the loss."""
+    """The metric at an evaluation; perplexity is not written there, and follows from what is."""
     found = {k.removeprefix("eval_"): v for k, v in row.items() if k.startswith("eval_") and v is not None}
     return scores.with_perplexity(found).get(metric.removeprefix("eval_"))
 

@@ -27,7 +27,7 @@ class Options:
     max_steps: stop after so many; None: when the data ends.
     logging_steps: the only times (besides evaluation and saving) that the host waits for the device.
     eval_steps, save_steps: None: only at the end.
-    metric_for_best_model: with or without "eval_". greater_is_better: by default false for a loss, else true.
+    metric_for_best_model: with or without "eval_". greater_is_better: by default false for a loss or nll, else true.
     early_stopping_patience: evaluations in a row without a better one, by more than early_stopping_threshold.
     max_nonfinite_steps: stop after so many skipped updates in a row.
     progress: show a bar.
@@ -53,7 +53,9 @@ class Options:
     @property
     def higher_wins(self) -> bool:
         """Whether the best is the highest."""
-        return "loss" not in self.best_metric if self.greater_is_better is None else self.greater_is_better
+        if self.greater_is_better is not None:
+            return self.greater_is_better
+        return not any(word in self.best_metric for word in ("loss", "nll"))
 
 
 @dataclasses.dataclass

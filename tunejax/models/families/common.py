@@ -110,9 +110,12 @@ def with_labels(config: ModelConfig, labels: Sequence[str]) -> ModelConfig:
     """``config`` whose classes have these names, as config.json will say; as it is where they are not one a class."""
     if len(labels) != config.num_labels:
         return config
-    names = Frozen({str(i): name for i, name in enumerate(labels)})
-    extra = {**dict(config.extra), "id2label": names}
-    return dataclasses.replace(config, extra=tuple(sorted(extra.items())))
+    return with_extra(config, id2label=Frozen({str(i): name for i, name in enumerate(labels)}))
+
+
+def with_extra(config: ModelConfig, **values: Any) -> ModelConfig:
+    """``config`` whose config.json will have these values of keys that no model here reads."""
+    return dataclasses.replace(config, extra=tuple(sorted({**dict(config.extra), **values}.items())))
 
 
 def written(
