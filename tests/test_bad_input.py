@@ -47,6 +47,15 @@ def model_json(**changes):
     return breaks
 
 
+def gap(folder):
+    """A tokenizer of 19 entries, fewer than the model's 20, whose last one has an id beyond them."""
+    file = folder / "model" / "tokenizer.json"
+    raw = json.loads(file.read_text())
+    words = {word: i for word, i in raw["model"]["vocab"].items() if word != "big"}
+    raw["model"]["vocab"] = {**words, ".": 25}
+    file.write_text(json.dumps(raw))
+
+
 def truncated(folder):
     file = folder / "model" / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
@@ -243,6 +252,7 @@ CHECKPOINTS = [
     Case("no weights", train(), ["no model.safetensors"], gone("model/model.safetensors")),
     Case("no tokenizer", train(), ["no tokenizer"], without_tokenizer),
     Case("damaged tokenizer", train(), ["tokenizer"], write("model/tokenizer.json", "{}")),
+    Case("token beyond the model's", train(), ["tokenizer has '.' as 25", "20 tokens: 0 to 19", "another model"], gap),
     Case("adapter that is damaged", ["evaluate", "RUN"], ["adapter.json is damaged"], damaged_adapter),
 ]
 

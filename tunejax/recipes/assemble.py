@@ -90,15 +90,7 @@ def opened(config: schema.Config, method: Method | None = None) -> Opened:
     folder = hf.resolve(locate.model(config.model.path))
     found = hf.read_config(folder)
     tokenizer = hf.tokenizer(locate.locate(config.model.tokenizer) if config.model.tokenizer else folder)
-    if len(tokenizer) > found.vocab_size:
-        raise errors.ConfigError(
-            f"the tokenizer has {len(tokenizer)} tokens and the model {found.vocab_size}: it belongs to another model"
-        )
-    if (config.data.eos_token_id or 0) >= found.vocab_size:
-        raise errors.ConfigError(
-            f"data.eos_token_id is {config.data.eos_token_id}, and {config.model.path} has {found.vocab_size} tokens: "
-            f"0 to {found.vocab_size - 1}"
-        )
+    check_ids(config, found, tokenizer)
     shape = model_shape(config, with_layers(config, found), None)
     if method is None:
         head = config.model.head or "lm"
@@ -116,6 +108,22 @@ def opened(config: schema.Config, method: Method | None = None) -> Opened:
             f"{found.max_positions - method.prefix}"
         )
     return Opened(folder, shape, tokenizer, method)
+
+
+def check_ids(config: schema.Config, found: ModelConfig, tokenizer: Any) -> None:
+    """Raises ConfigError on an id beyond the model's vocabulary. found: of the checkpoint."""
+    size = found.vocab_size
+    has = f"{config.model.path} has {size} tokens: 0 to {size - 1}"
+    token, last = last_token(tokenizer)
+    if last >= size:
+        raise errors.ConfigError(f"the tokenizer has {token!r} as {last}, and {has}; it belongs to another model")
+    if (config.data.eos_token_id or 0) >= size:
+        raise errors.ConfigError(f"data.eos_token_id is {config.data.eos_token_id}, and {has}")
+
+
+def last_token(tokenizer: Any) -> tuple[str, int]:
+    """The token with the largest id, which is not always that of the last of so many: ids may have gaps."""
+    return max(tokenizer.get_vocab().items(), key=lambda item: item[1], default=("", -1))
 
 
 def virtual_ids(method: Method, model_config: ModelConfig) -> tuple[int, ...]:

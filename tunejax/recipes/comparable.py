@@ -63,10 +63,11 @@ def check_vocabulary(parts: assemble.Parts, name: str, shape: ModelConfig) -> No
             f"distill.teacher {name} has a vocabulary of {shape.vocab_size} tokens and {shape.num_labels} labels; the "
             f"student {ours.vocab_size} and {ours.num_labels}: distilling logits needs the same ones"
         )
-    if shape.vocab_size < len(parts.tokenizer):
+    token, last = assemble.last_token(parts.tokenizer)
+    if shape.vocab_size <= last:
         raise errors.ConfigError(
             f"distill.teacher {name} has a vocabulary of {shape.vocab_size} tokens; the student's tokenizer has "
-            f"{len(parts.tokenizer)}"
+            f"{token!r} with the id {last}"
         )
 
 
