@@ -13,6 +13,7 @@ TYPE = "wrong type"
 EMPTY = "empty"
 LONG = "too long"
 LABEL = "unknown label"
+UNLABELLED = "no label"
 TEMPLATE = "template"
 NO_LOSS = "no token in the loss"
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tunejax.core import errors
-from tunejax.data import bad, formats, options, rows, templates, virtual
+from tunejax.data import bad, formats, labels, options, rows, templates, virtual
 from tunejax.data.example import Example, Store, shifted
 from tunejax.data.files import Row
 
@@ -122,6 +122,27 @@ def load(
     return Corpus(Store(examples), tuple(parts), report, opts, opts.labels)
 
 
+def class_names(
+    sources: Any,
+    opts: options.Options,
+    *,
+    columns: Mapping[str, str] | None = None,
+    split: str = "train",
+    separator: str | None = None,
+    max_rows: int | None = None,
+) -> tuple[str, ...]:
+    """The classes that `load` would find in the same sources, by their labels alone; bad lines are passed over.
+
+    Raises:
+      DataError: no rows, or none with labels.
+      ConfigError: the classes are in another order than the head's (``opts.known``).
+    """
+    _check_columns(columns or {}, opts)
+    more: dict[str, Any] = {"columns": columns, "split": split, "separator": separator, "max_rows": max_rows}
+    found = [rows.read_rows(s.path, bad.BadRows("skip"), **more) for s in _listed(sources)]
+    return _resolved(opts, found).labels or ()
+
+
 def _check_columns(columns: Mapping[str, str], opts: options.Options) -> None:
     known = {*formats.FIELDS, *templates.fields_of(opts.template or "")}
     for ours in columns:
@@ -169,8 +190,9 @@ def _resolved(opts: options.Options, found: list[list[Row]]) -> options.Options:
         )
     if opts.truncation == "split" and kind != "text":
         raise errors.ConfigError(f"truncation 'split' is for the format 'text', the rows have {kind!r}")
-    if kind == "classification" and opts.labels is None:
-        new["labels"] = formats.label_names([r for f in found for r in f])
+    if kind == "classification":
+        new["labels"] = opts.labels or labels.names([r for f in found for r in f], opts.known)
+        labels.check_order(new["labels"], opts.known)
     return dataclasses.replace(opts, **new)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tunejax.core import errors
-from tunejax.data import bad
+from tunejax.data import bad, class_labels
 
 
 class Row(NamedTuple):
@@ -259,17 +259,18 @@ def text(path: Path, rejects: bad.BadRows, separator: str | None = None) -> Iter
 
 
 def parquet(path: Path, rejects: bad.BadRows, separator: str | None = None) -> Iterator[Row]:
-    """The rows of a Parquet file; the line is the row's number from 1."""
+    """The rows of a Parquet file; the line is the row's number from 1. Columns of classes have their names."""
     import pyarrow
     import pyarrow.parquet
 
     try:
         table = pyarrow.parquet.ParquetFile(path)
+        columns = class_labels.in_parquet(table.schema_arrow.metadata)
         number = 0
         for batch in table.iter_batches(1024):
             for fields in batch.to_pylist():
                 number += 1
-                yield Row(fields, f"{path}:{number}")
+                yield Row(columns.named(fields), f"{path}:{number}")
     except (pyarrow.ArrowException, OSError) as e:
         raise errors.DataError(f"{path}: not a readable Parquet file ({e})") from None
 

@@ -5,7 +5,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from tunejax.core import errors
-from tunejax.data import bad, chat, options, templates
+from tunejax.data import bad, chat, labels, options, templates
+from tunejax.data.class_labels import ClassName
 from tunejax.data.files import Row
 
 Tokenizer = Any
@@ -250,19 +251,19 @@ def classification(
         raise errors.ConfigError("the tokenizer has no mask token, which a cloze needs")
     gap = {options.MASK: tokenizer.mask_token} if cloze else {}
     paired = opts.template is None and any("text_pair" in r.fields for r in rows)
-    usable, labels, texts = [], [], []
+    usable, numbers, texts = [], [], []
     for row in rows:
         text = _rendered(row, "text", {**row.fields, **gap}, opts.template, rejects)
         if text is None or (paired and not check_text(row, "text_pair", rejects)):
             continue
         if (label := _label(row, names, rejects)) is not None:
             usable.append(row)
-            labels.append(label)
+            numbers.append(label)
             texts.append(text)
     pairs = [r.fields["text_pair"] for r in usable] if paired else None
     out = []
     made = _in_templates(tokenizer, opts, usable, texts, gap) if opts.template else whole(tokenizer, opts, texts, pairs)
-    for row, label, (ids, types, cut) in zip(usable, labels, made, strict=True):
+    for row, label, (ids, types, cut) in zip(usable, numbers, made, strict=True):
         masks = [i for i, t in enumerate(ids) if cloze and t == tokenizer.mask_token_id]
         if cloze and len(masks) != 1:
             rejects.add(bad.TEMPLATE, row.source, f"found {len(masks)} mask tokens; expected the template's alone")
@@ -294,40 +295,17 @@ def _label(row: Row, names: Sequence[str], rejects: bad.BadRows) -> int | None:
     if not isinstance(value, str | int):
         rejects.add(bad.TYPE, row.source, f"wrong type in 'label': expected a name or number, found {bad.kind(value)}")
         return None
-    if str(value) in names:
-        return list(names).index(str(value))
+    if isinstance(value, ClassName) and not value.labelled:
+        classes = f"its data set's classes, {', '.join(value.names)}"
+        rejects.add(bad.UNLABELLED, row.source, f"no label: {value.number} is the number of none of {classes}")
+        return None
+    if (found := labels.number(value, names)) is not None:
+        return found
     if isinstance(value, str) and not value.strip():
         rejects.add(bad.EMPTY, row.source, f"empty 'label': expected a name or number, found {bad.kind(value)}")
         return None
-    # Where names are numbers, 0 is the label 0, which is none of them, and not the first of them.
-    counts = not all(map(_is_number, names))
-    if counts and isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(names):
-        return value
     rejects.add(bad.LABEL, row.source, f"unknown label {value!r}. {errors.did_you_mean(str(value), names)}")
     return None
-
-
-def label_names(rows: Sequence[Row]) -> tuple[str, ...]:
-    """The classes of the rows: sorted, as numbers where all are; an empty one is none.
-
-    Raises:
-      DataError: there are fewer than two.
-    """
-    found = {str(v) for r in rows if isinstance(v := r.fields.get("label"), str | int) and str(v).strip()}
-    where = rows[0].source if rows else "no rows"
-    if rows and not any("label" in r.fields for r in rows):
-        there = rows[0].fields
-        raise errors.DataError(
-            f"{where}: missing key 'label', as in all rows; found {', '.join(there)}. "
-            f"{errors.did_you_mean('label', there)} Rename it by data.columns={{label: theirs}}."
-        )
-    if len(found) < 2:
-        raise errors.DataError(f"{where}: expected at least two different labels, found {sorted(found)}")
-    return tuple(sorted(found, key=(lambda v: (int(v), v)) if all(_is_number(v) for v in found) else str))
-
-
-def _is_number(value: str) -> bool:
-    return value.lstrip("-").isdigit()
 
 
 _ENCODERS: dict[str, Callable[..., list[Encoded]]] = {

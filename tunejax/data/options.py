@@ -30,7 +30,8 @@ class Options:
     completion_only_loss, assistant_only_loss: False: prompts and other turns are in the loss too.
     template: text around "{prompt}" (of prompt_completion) or "{text}" (of classification); any field of the row may
         stand in braces, and "{virtual:3}" is the next three of ``prompt``.
-    labels: names of the classes in order; None: those of the rows, sorted.
+    labels: names of the classes in order; None: see `labels.names`.
+    known: names of the classes of the model's trained head, whose order the classes have.
     labelled: the position that is classified: "first" ([CLS] of an encoder) or "last" (of a decoder).
     eos_token_id: instead of the tokenizer's.
     prompt: ids of virtual tokens, never in the loss. They stand where the template has them, else before every example
@@ -46,6 +47,7 @@ class Options:
     assistant_only_loss: bool = True
     template: str | None = None
     labels: tuple[str, ...] | None = None
+    known: tuple[str, ...] = ()
     labelled: str = "first"
     eos_token_id: int | None = None
     on_bad_row: bad.Policy = "error"

@@ -8,6 +8,7 @@ from typing import Any
 
 from tunejax.core import errors
 from tunejax.data import bad, files
+from tunejax.data.class_labels import Columns
 from tunejax.data.files import Row
 
 
@@ -101,12 +102,9 @@ def _dataset(name: str, split: str) -> Iterator[Row]:
         raise errors.DataError(
             f"{name} (split {split!r}): neither a local file nor loadable as a data set: {_first_line(e)}"
         ) from None
-    names = {k: f.names for k, f in data.features.items() if isinstance(f, datasets.ClassLabel)}
+    columns = Columns({k: f.names for k, f in data.features.items() if isinstance(f, datasets.ClassLabel)})
     for number, fields in enumerate(data, 1):
-        for k, labels in names.items():
-            if isinstance(fields[k], int) and fields[k] >= 0:
-                fields[k] = labels[fields[k]]
-        yield Row(fields, f"{name}[{split}]:{number}")
+        yield Row(columns.named(fields), f"{name}[{split}]:{number}")
 
 
 def _first_line(e: Exception) -> str:
