@@ -160,6 +160,20 @@ def test_a_head_that_is_missing_is_fresh_and_reported(checkpoint, tmp_path):
     np.testing.assert_array_equal(model.classifier.weight.detach().numpy(), params["classifier"]["kernel"].T)
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_a_head_that_is_there_says_how_many_classes_it_tells_apart(checkpoint, name):
+    folder = checkpoint(name)[0]
+    assert hf.trained_classes(folder, hf.read_config(folder)) == (3 if "classes" in name else 0)
+
+
+def test_a_classifier_of_tokens_is_none_of_texts(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    model = transformers.BertForTokenClassification(transformers.BertConfig(**COMMON, num_labels=3))
+    model.save_pretrained(tmp_path)
+    assert "classifier.weight" in tensors.open_folder(tmp_path)
+    assert hf.trained_classes(tmp_path, hf.read_config(tmp_path)) == 0
+
+
 def test_names_without_their_prefix(checkpoint, tmp_path):
     pytest.importorskip("transformers")
     folder, cls, _ = checkpoint("bert_mlm")

@@ -65,7 +65,10 @@ class DataSection(Section):
         None, description="by default told from the keys of the first row"
     )
     columns: dict[str, str] = Field({}, description="the name expected -> the name in the file")
-    labels: list[str] | None = Field(None, description="names of the classes, in order")
+    labels: list[str] | None = Field(
+        None, description="names of the classes, in order; by default as the checkpoint's own head has them, or else "
+        "the data set, else those of the rows, sorted",
+    )  # fmt: skip
     template: str | None = Field(None, description="text around '{prompt}' or '{text}'; '{virtual:3}': virtual tokens")
     max_length: int = Field(512, ge=2)
     packing: bool | Literal["bfd", "first_fit", "wrapped"] = Field(False, description="several examples a row")

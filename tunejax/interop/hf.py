@@ -120,6 +120,19 @@ def _read_json(file: Path) -> dict[str, Any] | None:
     return raw
 
 
+def trained_classes(folder: str | Path, config: ModelConfig) -> int:
+    """Outputs of the classification head that a checkpoint holds, as its files' headers say; 0 where it holds none.
+
+    Raises:
+      CheckpointError: as `tensors.open_folder`.
+    """
+    family, stored = registry.get(config.family), tensors.open_folder(Path(folder))
+    head = [t for t in family.tensors(config, "classification") if any(paths.matches(h, t.ours) for h in FRESH_HEADS)]
+    found = [x for t in head if (x := names.find(t.theirs, family, stored)) is not None]
+    # A classifier without the pooler below it was trained on something else: on single tokens, say.
+    return found[-1].shape[0] if found and len(found) == len(head) else 0
+
+
 def load(
     folder: str | Path,
     config: ModelConfig,

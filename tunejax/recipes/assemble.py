@@ -20,6 +20,7 @@ from tunejax.interop import hf
 from tunejax.methods import registry
 from tunejax.models import build, cut
 from tunejax.models.config import ModelConfig
+from tunejax.models.families import common
 from tunejax.objectives import causal_lm, classification, cloze, masked_lm
 from tunejax.recipes import adapter
 from tunejax.train import sharding
@@ -33,12 +34,16 @@ OBJECTIVES: dict[str, Callable[..., Objective]] = {
 
 
 class Opened(NamedTuple):
-    """What a config names, as far as it can be read without weights."""
+    """What a config names, as far as it can be read without weights.
+
+    known: names of the classes that the checkpoint's own head tells apart; empty where the run loads no such head.
+    """
 
     folder: Path
     model_config: ModelConfig
     tokenizer: Any
     method: Method
+    known: tuple[str, ...] = ()
 
     @property
     def prompt(self) -> tuple[int, ...]:
@@ -47,7 +52,7 @@ class Opened(NamedTuple):
 
 
 class Parts(NamedTuple):
-    """What a config names, built; no parameters yet. name: of the model, as the config gives it."""
+    """What a config names, built; no parameters yet. name: of the model, as the config gives it. known: of `Opened`."""
 
     config: schema.Config
     name: str
@@ -58,6 +63,7 @@ class Parts(NamedTuple):
     model: Model
     objective: Objective
     mesh: jax.sharding.Mesh
+    known: tuple[str, ...] = ()
 
     @property
     def prompt(self) -> tuple[int, ...]:
@@ -91,6 +97,9 @@ def opened(config: schema.Config, method: Method | None = None) -> Opened:
     found = hf.read_config(folder)
     tokenizer = hf.tokenizer(locate.locate(config.model.tokenizer) if config.model.tokenizer else folder)
     check_ids(config, found, tokenizer)
+    known = known_classes(config, folder, found)
+    if config.model.head == "classification":
+        found = dataclasses.replace(found, num_labels=len(known))
     shape = model_shape(config, with_layers(config, found), None)
     if method is None:
         head = config.model.head or "lm"
@@ -107,7 +116,7 @@ def opened(config: schema.Config, method: Method | None = None) -> Opened:
             f"and {config.model.path} has {found.max_positions}: set data.max_length="
             f"{found.max_positions - method.prefix}"
         )
-    return Opened(folder, shape, tokenizer, method)
+    return Opened(folder, shape, tokenizer, method, known)
 
 
 def check_ids(config: schema.Config, found: ModelConfig, tokenizer: Any) -> None:
@@ -126,6 +135,17 @@ def last_token(tokenizer: Any) -> tuple[str, int]:
     return max(tokenizer.get_vocab().items(), key=lambda item: item[1], default=("", -1))
 
 
+def known_classes(config: schema.Config, folder: Path, found: ModelConfig) -> tuple[str, ...]:
+    """Names of the classes of the head that a run of the config loads; empty where it loads none.
+
+    Args:
+      folder, found: of the checkpoint.
+    """
+    if config.model.head != "classification" or config.model.random_init:
+        return ()
+    return common.class_names(dataclasses.replace(found, num_labels=hf.trained_classes(folder, found)))
+
+
 def virtual_ids(method: Method, model_config: ModelConfig) -> tuple[int, ...]:
     """The ids of a method's virtual tokens: those after the vocabulary's."""
     return tuple(range(model_config.vocab_size, model_config.vocab_size + method.prompt))
@@ -133,7 +153,7 @@ def virtual_ids(method: Method, model_config: ModelConfig) -> tuple[int, ...]:
 
 def parts(config: schema.Config, from_: Opened, *, num_labels: int | None = None, mesh: Any = None) -> Parts:
     """Builds everything but parameters and data. num_labels: as the data has it, where the config does not say."""
-    folder, found, tokenizer, method = from_
+    folder, found, tokenizer, method, known = from_
     model_config = model_shape(config, found, num_labels)
     mesh = sharding.make_mesh(**config.mesh.model_dump()) if mesh is None else mesh
     model = build.build(
@@ -147,7 +167,7 @@ def parts(config: schema.Config, from_: Opened, *, num_labels: int | None = None
     )
     made = objective(config, tokenizer)
     check_class_weights(config, classes(config, num_labels))
-    return Parts(config, config.model.path, folder, model_config, tokenizer, method, model, made, mesh)
+    return Parts(config, config.model.path, folder, model_config, tokenizer, method, model, made, mesh, known)
 
 
 def with_layers(config: schema.Config, found: ModelConfig) -> ModelConfig:
@@ -169,7 +189,7 @@ def model_shape(config: schema.Config, found: ModelConfig, num_labels: int | Non
     if config.model.dropout is not None:
         changes["dropout"] = config.model.dropout
     if config.model.head == "classification":
-        changes["num_labels"] = classes(config, num_labels) or 2
+        changes["num_labels"] = classes(config, num_labels) or found.num_labels or 2
     if config.model.head == "lm" and found.kind == "encoder":
         raise errors.ConfigError(
             f"{config.model.path} is an encoder; objective.name: masked_lm or classification fits it"

@@ -1,6 +1,6 @@
 """Whether a teacher and a student mean the same by what is compared: tokens or labels, positions and their number."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from tunejax.core import errors
@@ -86,11 +86,3 @@ def check_labels(name: str, ours: Sequence[str], theirs: Sequence[str]) -> None:
         f"distill.teacher {name} has the labels [{', '.join(theirs)}], and the student [{', '.join(ours)}]; expected "
         f"the same ones in the same order{advice}"
     )
-
-
-def of_checkpoint(shape: ModelConfig) -> tuple[str, ...]:
-    """The names of the classes in a checkpoint's config.json; empty where it has none."""
-    found = dict(shape.extra).get("id2label")
-    if not isinstance(found, Mapping) or not all(str(i).isdigit() for i in found):
-        return ()
-    return tuple(str(found[i]) for i in sorted(found, key=int))

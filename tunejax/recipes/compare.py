@@ -103,7 +103,7 @@ def check_rows(runs: list[compare.Run]) -> None:
         opened = assemble.opened(run.config)
         if not opened.prompt:
             with _named(label):
-                rows.read(run.config, opened.tokenizer, opened.model_config.kind)
+                rows.read(run.config, opened.tokenizer, opened.model_config.kind, known=opened.known)
             return
 
 

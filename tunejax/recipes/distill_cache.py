@@ -53,7 +53,7 @@ def write(config: schema.Config) -> Found:
         raise errors.ConfigError("tunejax distill-cache runs in one process, with as many devices as it has")
     mesh = sharding.make_mesh(**config.mesh.model_dump())
     opened = assemble.opened(config)
-    data = rows.read(config, opened.tokenizer, opened.model_config.kind, opened.prompt)
+    data = rows.read(config, opened.tokenizer, opened.model_config.kind, opened.prompt, opened.known)
     assert data.train is not None
     parts = assemble.parts(config, opened, num_labels=len(data.labels), mesh=mesh)
     (model, params), _ = teacher.opened(parts, data.labels)

@@ -102,7 +102,7 @@ def prepare(config: schema.Config, configs: list[schema.Config]) -> Ready:
     sizes = settings.batches(config, mesh)
     largest, plans = members.plan(configs)
     opened = assemble.opened(config.model_copy(update={"method": largest}))
-    data = rows.read(config, opened.tokenizer, opened.model_config.kind, opened.prompt)
+    data = rows.read(config, opened.tokenizer, opened.model_config.kind, opened.prompt, opened.known)
     parts = assemble.parts(config, opened, num_labels=len(data.labels), mesh=mesh)
     measured.check(parts, data)
     own = members.each_parts(parts, configs)

@@ -16,7 +16,7 @@ def main(args: argparse.Namespace) -> None:
     config = load.load(args.config, args.overrides)
     runtime.begin()
     opened = assemble.opened(config)
-    data = rows.read(config, opened.tokenizer, opened.model_config.kind, opened.prompt)
+    data = rows.read(config, opened.tokenizer, opened.model_config.kind, opened.prompt, opened.known)
     sizes = settings.batches(config, sharding.make_mesh(**config.mesh.model_dump()))
     loader = rows.loaders(config, data, sizes, opened.tokenizer).train
 

@@ -1,12 +1,14 @@
 """The rows of a config: read and audited, then the loaders over them."""
 
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 
 from tunejax.config import locate, schema
-from tunejax.data import audit, collate, options, pipeline
+from tunejax.core import errors
+from tunejax.data import audit, collate, labels, options, pipeline
 from tunejax.data import corpus as corpora
 from tunejax.data.corpus import Corpus
 from tunejax.recipes import settings
@@ -56,23 +58,22 @@ class Loaders(NamedTuple):
     evaluation: Callable[[], Iterable] | None
 
 
-def read(config: schema.Config, tokenizer: Any, kind: str, prompt: tuple[int, ...] = ()) -> Rows:
+def read(
+    config: schema.Config, tokenizer: Any, kind: str, prompt: tuple[int, ...] = (), known: tuple[str, ...] = ()
+) -> Rows:
     """Reads the sources of a config.
 
     Args:
       kind: of the model, "encoder" or "decoder".
       prompt: ids of the method's virtual tokens.
+      known: names of the classes of the checkpoint's own head.
 
     Raises:
       DataError: a bad row, or none; every one that is found is named by file and line.
+      ConfigError: the classes are in another order than the head's.
     """
-    d = config.data
-    sources = [corpora.Source(locate.locate(s.path), s.weight) for s in d.path]
-    train = corpora.load(
-        sources, tokenizer, _options(config, kind, prompt), split=d.split, max_rows=d.max_rows, columns=d.columns,
-        separator=d.separator,
-    )  # fmt: skip
-    return Rows(train, _held_out(config, tokenizer, train.options) if d.eval_path else None)
+    train = corpora.load(_sources(config), tokenizer, _options(config, kind, prompt, known), **_training(config))
+    return Rows(train, _held_out(config, tokenizer, train.options) if config.data.eval_path else None)
 
 
 def answers_only(config: schema.Config) -> schema.Config:
@@ -81,20 +82,69 @@ def answers_only(config: schema.Config) -> schema.Config:
     return config.model_copy(update={"data": config.data.model_copy(update=update)})
 
 
-def read_held_out(config: schema.Config, tokenizer: Any, kind: str, prompt: tuple[int, ...] = ()) -> Rows:
-    """Reads data.eval_path alone. Without data.labels the classes are those of its own rows."""
-    return Rows(None, _held_out(config, tokenizer, _options(config, kind, prompt)))
+def read_held_out(
+    config: schema.Config, tokenizer: Any, kind: str, prompt: tuple[int, ...] = (), known: tuple[str, ...] = ()
+) -> Rows:
+    """Reads data.eval_path alone. Without data.labels the classes are those of the head, or of its own rows."""
+    known = () if config.data.labels else known  # a run that has its classes was trained on them, in any order
+    return Rows(None, _held_out(config, tokenizer, _options(config, kind, prompt, known)))
 
 
 def _held_out(config: schema.Config, tokenizer: Any, opts: options.Options) -> Corpus:
+    return corpora.load(locate.locate(config.data.eval_path or ""), tokenizer, opts, **_evaluated(config))
+
+
+def with_labels(config: schema.Config, known: tuple[str, ...]) -> schema.Config:
+    """``config`` with ``data.labels`` as a run of it would have them; of other objectives, as it is.
+
+    Where the training rows are not there, the classes are those of data.eval_path.
+
+    Raises:
+      DataError, ConfigError: as `read`.
+    """
     d = config.data
-    return corpora.load(
-        locate.locate(d.eval_path or ""), tokenizer, opts, split=d.eval_split, max_rows=d.max_eval_rows,
-        columns=d.columns, separator=d.separator,
-    )  # fmt: skip
+    if config.objective.name != "classification" or not d.eval_path:
+        return config
+    if d.labels:
+        labels.check_order(d.labels, known)
+        return config
+    opts = _options(config, "encoder", (), known)  # labels are the same for either kind
+    names = _trained_on(config, opts) or corpora.class_names(locate.locate(d.eval_path), opts, **_evaluated(config))
+    return config.model_copy(update={"data": d.model_copy(update={"labels": list(names)})})
 
 
-def _options(config: schema.Config, kind: str, prompt: tuple[int, ...]) -> options.Options:
+def _trained_on(config: schema.Config, opts: options.Options) -> tuple[str, ...]:
+    """The classes of the training rows; empty where these are not there."""
+    try:
+        sources = _sources(config)
+    except errors.ConfigError:
+        return ()
+    try:
+        return corpora.class_names(sources, opts, **_training(config))
+    except errors.DataError:
+        if all(Path(str(s.path)).exists() for s in sources):
+            raise
+        return ()
+
+
+def _sources(config: schema.Config) -> list[corpora.Source]:
+    """Those of data.path, where they lie. Raises ConfigError as `locate.locate`."""
+    return [corpora.Source(locate.locate(s.path), s.weight) for s in config.data.path]
+
+
+def _training(config: schema.Config) -> dict[str, Any]:
+    """How the sources of data.path are read."""
+    d = config.data
+    return {"split": d.split, "max_rows": d.max_rows, "columns": d.columns, "separator": d.separator}
+
+
+def _evaluated(config: schema.Config) -> dict[str, Any]:
+    """How data.eval_path is read."""
+    d = config.data
+    return {"split": d.eval_split, "max_rows": d.max_eval_rows, "columns": d.columns, "separator": d.separator}
+
+
+def _options(config: schema.Config, kind: str, prompt: tuple[int, ...], known: tuple[str, ...] = ()) -> options.Options:
     d = config.data
     return options.Options(
         format=d.format,
@@ -106,6 +156,7 @@ def _options(config: schema.Config, kind: str, prompt: tuple[int, ...]) -> optio
         assistant_only_loss=d.assistant_only_loss,
         template=d.template,
         labels=tuple(d.labels) if d.labels else None,
+        known=known,
         labelled="first" if kind == "encoder" else "last",
         eos_token_id=d.eos_token_id,
         on_bad_row=d.on_bad_row,

@@ -163,7 +163,7 @@ def steps(config: schema.Config, parts: assemble.Parts) -> int:
     """How many the run of a config has; its rows are read only where they decide."""
 
     def of(epochs: float) -> int:
-        data = rows.read(config, parts.tokenizer, parts.model_config.kind, parts.prompt)
+        data = rows.read(config, parts.tokenizer, parts.model_config.kind, parts.prompt, parts.known)
         loaders = rows.loaders(config, data, settings.batches(config, parts.mesh), parts.tokenizer)
         return loaders.train.plan.steps(epochs)
 

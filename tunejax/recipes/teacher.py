@@ -18,6 +18,7 @@ from tunejax.data.collate import Beside
 from tunejax.data.corpus import Corpus
 from tunejax.generate import sampling
 from tunejax.models.config import ModelConfig
+from tunejax.models.families import common
 from tunejax.objectives import distill, features
 from tunejax.recipes import artefact, assemble, comparable, samples
 from tunejax.recipes import rows as row_lib
@@ -290,7 +291,7 @@ def opened(
         found = comparable.Teacher(name, shape, known, method.name, method.prefix)
     else:
         model, params, shape = _checkpoint(parts, name, head)
-        found = comparable.Teacher(name, shape, comparable.of_checkpoint(shape))
+        found = comparable.Teacher(name, shape, common.labels_of(shape))
     if not aligned:
         comparable.check(parts, labels, found)
     return (model, params), shape

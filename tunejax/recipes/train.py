@@ -89,7 +89,7 @@ def prepare(config: schema.Config) -> Ready:
     mesh = sharding.make_mesh(**config.mesh.model_dump())
     sizes = settings.batches(config, mesh)
     opened = assemble.opened(config)
-    data = rows.read(config, opened.tokenizer, opened.model_config.kind, opened.prompt)
+    data = rows.read(config, opened.tokenizer, opened.model_config.kind, opened.prompt, opened.known)
     parts = assemble.parts(config, opened, num_labels=len(data.labels), mesh=mesh)
     measured.check(parts, data)
     beside, writes = teacher.arrays(parts, data.train), teacher.on_policy(parts, data.train)

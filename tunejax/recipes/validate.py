@@ -8,7 +8,7 @@ import jax
 from tunejax.config import load, locate
 from tunejax.core import errors, method, table
 from tunejax.core.model import key_shape
-from tunejax.data import rows
+from tunejax.data import labels, rows
 from tunejax.interop import tensors
 from tunejax.methods import report
 from tunejax.recipes import assemble, folder, latency, measured, members, runtime, settings
@@ -23,6 +23,7 @@ def main(args: argparse.Namespace) -> None:
     parts = assemble.parts(config, assemble.opened(config))
     settings.batches(config, parts.mesh)
     measured.check_best(parts)
+    labels.check_order(config.data.labels or (), parts.known)
     stored = tensors.open_folder(parts.folder)
     # How many steps an epoch has is not known before the rows are read.
     settings.optimizer(config, total_steps=config.train.max_steps or max(1000, config.train.warmup_steps))

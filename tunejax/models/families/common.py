@@ -118,6 +118,27 @@ def with_extra(config: ModelConfig, **values: Any) -> ModelConfig:
     return dataclasses.replace(config, extra=tuple(sorted({**dict(config.extra), **values}.items())))
 
 
+def labels_of(config: ModelConfig) -> tuple[str, ...]:
+    """The names of the classes in a checkpoint's config.json; empty where it has none."""
+    found = dict(config.extra).get("id2label")
+    if not isinstance(found, Mapping) or not all(str(i).isdigit() for i in found):
+        return ()
+    return tuple(str(found[i]) for i in sorted(found, key=int))
+
+
+def class_names(config: ModelConfig) -> tuple[str, ...]:
+    """A name for each class: those of config.json, or, where these are not one a class, `unnamed`."""
+    found = labels_of(config)
+    if len(found) == len(set(found)) == config.num_labels:
+        return found
+    return unnamed(config.num_labels)
+
+
+def unnamed(count: int) -> tuple[str, ...]:
+    """What transformers calls so many classes that have no names."""
+    return tuple(f"LABEL_{i}" for i in range(count))
+
+
 def written(
     extra: Iterable[tuple[str, Any]], model_type: str, architecture: str, num_labels: int, fields: Mapping[str, Any]
 ) -> dict[str, Any]:
@@ -130,7 +151,7 @@ def written(
         out.pop("layer_types", None)
     if num_labels:
         kept = dict(extra).get("id2label") or {}
-        names = kept if len(kept) == num_labels else {str(i): f"LABEL_{i}" for i in range(num_labels)}
+        names = kept if len(kept) == num_labels else {str(i): name for i, name in enumerate(unnamed(num_labels))}
         out["id2label"] = dict(names)
         out["label2id"] = {name: int(i) for i, name in names.items()}
         if "problem_type" in dict(extra):
