@@ -95,6 +95,14 @@ def test_classification_reads_the_labelled_position_and_ignores_empty_rows():
         assert (float(right), float(of)) == (float((logits.argmax(-1).numpy() == labels[:5]).sum()), 5.0)
 
 
+def test_a_label_that_is_no_class_is_not_taken_for_another():
+    model, params = toy(LABELS)
+    weights = np.zeros((6, 9), np.float32)
+    weights[0, 0] = 1
+    b = batch() | {"loss_weights": jnp.asarray(weights), "targets": jnp.full((6, 9), LABELS)}
+    assert np.isnan(classification.make().loss(model, params, {}, b, EVAL)[0])
+
+
 def test_a_cloze_compares_the_labels_words_alone():
     model, params = toy(VOCAB)
     b = batch()

@@ -92,4 +92,5 @@ def labelled(
     pooled = jnp.take_along_axis(hidden, at[..., None], axis=1)[:, 0]
     x = model.logits(model.head(params), pooled).astype(jnp.float32)
     x = x if columns is None else x[:, np.asarray(columns)]
-    return x, jnp.clip(labels, 0, x.shape[-1] - 1), rows
+    # A row that does not count may have any target; one that does and has no such class gives NaN.
+    return x, jnp.where(rows > 0, labels, 0), rows

@@ -118,6 +118,8 @@ def _open_folder(path: Path, changes: list[str], beside: Tuned | None) -> Tuned:
     raw = {**raw, "data": {"max_length": longest, **raw["data"]}}
     config = load.check({**raw, "method": found.specs}, str(path / found_lib.CONFIG))
     parts = assemble.parts(config, assemble.opened(config), num_labels=found.num_labels or shape.num_labels)
+    if head == "classification" and len(parts.known) != parts.model_config.num_labels:
+        parts = parts._replace(known=common.unnamed(parts.model_config.num_labels))  # the folder's head, not its base's
     loaded = _loaded(parts, beside)
     start = jax.eval_shape(parts.method.init, key_shape(), loaded.params)
     if lost := [p for p in loaded.fresh if p not in start.edits]:
@@ -131,9 +133,12 @@ def _open_folder(path: Path, changes: list[str], beside: Tuned | None) -> Tuned:
     return Tuned(parts, _edited(parts, loaded.params), train, state, loaded)
 
 
-def open_base(config: schema.Config, num_labels: int | None = None) -> Tuned:
-    """The untuned model of a config: the method at its start, which changes nothing (but virtual tokens are there)."""
-    parts = assemble.parts(config, assemble.opened(config), num_labels=num_labels)
+def open_base(config: schema.Config, opened: assemble.Opened) -> Tuned:
+    """The untuned model of a config: the method at its start, which changes nothing (but virtual tokens are there).
+
+    config: with its classes, if it has any (`rows.with_labels`).
+    """
+    parts = assemble.parts(config, opened)
     loaded = assemble.load(parts)
     start = parts.method.init(jax.random.key(config.seed), loaded.params)
     return Tuned(parts, method_lib.apply_edits(loaded.params, start.edits), start.train, start.state, loaded)

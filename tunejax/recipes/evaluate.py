@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from tunejax.config import load, schema
+from tunejax.config import load
 from tunejax.core import errors, paths
 from tunejax.recipes import artefact, assemble, folder, measured, rows, runtime, samples, settings
 from tunejax.train import state, step
@@ -27,7 +27,8 @@ def main(args: argparse.Namespace) -> None:
         return
     else:
         config = load.load(args.run, args.overrides)
-        tuned = artefact.open_base(config, count_labels(config))
+        opened = assemble.opened(config)
+        tuned = artefact.open_base(rows.with_labels(config, opened.known), opened)
     found = scores(tuned.parts, tuned.base, tuned.train, tuned.state)
     print(json.dumps(found, indent=2))
     if args.output:
@@ -50,7 +51,8 @@ def judge(parts: assemble.Parts) -> Callable[[paths.Params, Any, Any], dict[str,
     config = parts.config
     if not config.data.eval_path:
         raise errors.ConfigError("no rows to evaluate on: set data.eval_path")
-    held_out = rows.read_held_out(config, parts.tokenizer, parts.model_config.kind, parts.prompt)
+    held_out = rows.read_held_out(config, parts.tokenizer, parts.model_config.kind, parts.prompt, parts.known)
+    measured.check_classes(parts, held_out)
     measured.check_match(parts, held_out)
     sizes = settings.batches(config, parts.mesh)
     one = step.make_step(parts.model, parts.method, parts.objective, optax.identity(), mesh=parts.mesh)
@@ -67,8 +69,3 @@ def judge(parts: assemble.Parts) -> Callable[[paths.Params, Any, Any], dict[str,
         return found
 
     return measure
-
-
-def count_labels(config: schema.Config) -> int | None:
-    """How many classes a config's labels name; None leaves it to the model section."""
-    return len(config.data.labels) if config.data.labels else None

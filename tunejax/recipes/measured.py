@@ -15,9 +15,24 @@ from tunejax.train.step import evaluate
 
 def check(parts: assemble.Parts, found: rows.Rows) -> None:
     """Raises ConfigError on what the config wants measured or said and cannot be."""
+    check_classes(parts, found)
     check_prompts(parts, found)
     check_best(parts)
     check_match(parts, found)
+
+
+def check_classes(parts: assemble.Parts, found: rows.Rows) -> None:
+    """Raises ConfigError where the rows' labels are not those of the classification head's outputs.
+
+    Where the config names them, or the head is trained on these rows, it may have more outputs than there are labels.
+    """
+    outputs, named = parts.model_config.num_labels, found.labels
+    told = found.train is not None or parts.config.data.labels
+    if parts.config.model.head == "classification" and (len(named) > outputs or (len(named) < outputs and not told)):
+        raise errors.ConfigError(
+            f"the rows have {len(named)} labels, {', '.join(named)}, and the classification head of {parts.name} has "
+            f"{outputs} outputs: name the label of each output, in order, as data.labels"
+        )
 
 
 def check_prompts(parts: assemble.Parts, found: rows.Rows) -> None:
