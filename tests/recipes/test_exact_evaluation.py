@@ -51,7 +51,8 @@ def test_what_is_masked_does_not_depend_on_the_batches(masked, capsys):
     want = evaluated(masked, capsys, "train.eval_batch_size=8")
     for changes in (["train.eval_batch_size=16"], ["train.eval_batch_size=64"],
                     ["train.eval_batch_size=8", "data.pad_to_multiple_of=3"],
-                    ["train.eval_batch_size=8", "data.packing=true"]):  # fmt: skip
+                    ["train.eval_batch_size=8", "data.packing=true"],
+                    ["train.eval_batch_size=8", "mesh.data=2", "mesh.tensor=4"]):  # fmt: skip
         found = evaluated(masked, capsys, *changes)
         for name in ("loss", "accuracy", "perplexity"):
             assert found[name] == pytest.approx(want[name], rel=1e-5), (changes, name)
