@@ -177,6 +177,8 @@ def test_dropping_at_random_depends_on_the_seed(runs, tmp_path):
         (["adapter", "adapter"], ["--of", "weights"], "no plain kernel to merge into"),
         (["two", "plus"], ["--weights", "1"], "1 weights for 2 changes"),
         (["two", "plus"], ["--rank", "3"], "--rank N"),
+        (["two", "plus"], ["--density", "0.3"], "dare_linear, dare_ties; not cat"),
+        (["two", "plus"], ["--how", "linear", "--density", "0.5"], "dare_linear, dare_ties; not linear"),
         (["two", "nowhere"], [], "no such folder"),
     ],
 )

@@ -13,6 +13,9 @@ from tunejax.methods import registry
 from tunejax.recipes import adapter, artefact, combined, folder, runtime
 from tunejax.recipes.combined import STACKED, How, Made
 
+DENSITY = 0.5
+"""The share of entries that pruning keeps where no flag says it."""
+
 
 def main(args: argparse.Namespace) -> None:
     """Writes a run folder that `generate`, `evaluate` and `export` read like any other.
@@ -31,14 +34,23 @@ def main(args: argparse.Namespace) -> None:
 
 
 def settings(args: argparse.Namespace) -> How:
-    """The flags. Weights are 1 each, or 1 / runs where a plain sum would otherwise grow with their number."""
+    """The flags. Weights are 1 each, or 1 / runs where a plain sum would otherwise grow with their number.
+
+    Raises:
+      ConfigError: one out of range, or one that this way to combine does not take.
+    """
     count = len(args.runs)
     grows = args.how == STACKED or not combine.HOWS[args.how].elect
     weights = args.weights or [1 / count if grows else 1.0] * count
-    combine.check("linear" if args.how == STACKED else args.how, count, weights, args.density)
+    name = "linear" if args.how == STACKED else args.how
+    prunes = [how for how, its in combine.HOWS.items() if its.prune]
+    if args.density is not None and name not in prunes:
+        raise errors.ConfigError(f"--density is the share that pruning keeps: {', '.join(prunes)}; not {args.how}")
+    density = DENSITY if args.density is None else args.density
+    combine.check(name, count, weights, density)
     if args.rank is not None and (args.of != "weights" or args.rank < 1):
         raise errors.ConfigError("--rank N, at least 1, cuts what --of weights gives to products of that rank")
-    return How(args.how, weights, args.density, jax.random.key(args.seed))
+    return How(args.how, weights, density, jax.random.key(args.seed))
 
 
 def opened(names: list[str], changes: list[str] | None = None) -> list[artefact.Tuned]:
