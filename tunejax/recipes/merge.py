@@ -5,10 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from tunejax.config import load, schema
-from tunejax.core import combine, errors, paths
+from tunejax.core import combine, errors, operators, paths
 from tunejax.methods import registry
 from tunejax.recipes import adapter, artefact, combined, folder, runtime
 from tunejax.recipes.combined import STACKED, How, Made
@@ -80,15 +79,13 @@ def write(output: Path, runs: list[artefact.Tuned], made: Made, about: dict[str,
     names = [registry.build(s, tokenize, adapter.trained).name for s in made.specs]
     keys = [f"{i}:{n}" for i, n in enumerate(names)]
     train, state = (v[0] if len(v) == 1 else dict(zip(keys, v, strict=True)) for v in (made.train, made.state))
-    heads = [{p: paths.get(r.loaded.params, p) for p in r.loaded.fresh} for r in runs]
-    trained = {p for tree in made.train for p in tree}
-    if not all(np.array_equal(h[p], heads[0][p]) for h in heads for p in heads[0] if p not in trained):
-        raise errors.ConfigError("the runs have heads of their own (of other seeds), which no sum can stand for")
+    combined.check_heads(runs)
     info = {
         "method": config.method, "name": "+".join(names), "head": config.model.head, "seed": config.seed, "step": 0,
         "num_labels": first.model_config.num_labels, "labels": list(config.data.labels or []),
     }  # fmt: skip
-    fresh = {p: x for p, x in heads[0].items() if p not in trained}
+    whole = {p for tree in made.train for p, x in tree.items() if operators.is_array(x)}
+    fresh = {p: paths.get(runs[0].loaded.params, p) for p in runs[0].loaded.fresh if p not in whole}
     folder.begin(config)
     adapter.save(output / "adapter", {"train": train, "state": state, "fresh": fresh}, runs[0].loaded.base, info)
     folder.write_json(output / "summary.json", {"merged": about, "base": runs[0].loaded.base._asdict()})
