@@ -1,6 +1,7 @@
 """`tunejax merge RUN RUN ... --output FOLDER`: the adapters of several runs on one base as one."""
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,7 @@ def write(output: Path, runs: list[artefact.Tuned], made: Made, about: dict[str,
     specs = made.specs if len(made.specs) > 1 else made.specs[0]
     config = load.check({**first.config.model_dump(mode="json"), "method": specs, "output_dir": str(output)})
     tokenize = lambda text: list(first.tokenizer(text)["input_ids"])  # noqa: E731
-    names = [registry.build(s, tokenize, adapter.trained).name for s in made.specs]
+    names = [_name(spec, state, tokenize) for spec, state in zip(made.specs, made.state, strict=True)]
     keys = [f"{i}:{n}" for i, n in enumerate(names)]
     train, state = (v[0] if len(v) == 1 else dict(zip(keys, v, strict=True)) for v in (made.train, made.state))
     combined.check_heads(runs)
@@ -90,6 +91,11 @@ def write(output: Path, runs: list[artefact.Tuned], made: Made, about: dict[str,
     adapter.save(output / "adapter", {"train": train, "state": state, "fresh": fresh}, runs[0].loaded.base, info)
     folder.write_json(output / "summary.json", {"merged": about, "base": runs[0].loaded.base._asdict()})
     return config
+
+
+def _name(spec: dict[str, Any], state: Any, tokenize: Callable[[str], list[int]]) -> str:
+    """The name of the method of this description and state."""
+    return registry.build(registry.with_kept(spec, lambda: state), tokenize, adapter.trained).name
 
 
 def _named(config: schema.Config) -> str:
