@@ -98,7 +98,7 @@ def _merge(sub: argparse.ArgumentParser) -> None:
         help="cat (default): the exact weighted sum; the others as HF PEFT calls them",
     )
     sub.add_argument("--weights", type=float, nargs="+", help="one a run, also negative (default: a mean)")
-    sub.add_argument("--density", type=float, default=0.5, help="share of entries that pruning keeps (default 0.5)")
+    sub.add_argument("--density", type=float, help="share of entries that pruning keeps (default 0.5)")
     sub.add_argument(
         "--of",
         default="adapters",

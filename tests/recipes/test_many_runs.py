@@ -100,6 +100,26 @@ def test_a_head_that_the_checkpoint_lacks_is_each_members_own(path, tmp_path, ca
     assert "begins differently for each member and is frozen: let it train" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "method",
+    [
+        "{name: fish, mask_steps: 1, density: 0.1}",
+        "{name: lt_sft, mask_steps: 2, density: 0.1}",
+        "[{name: full}, {name: prune, density: 0.5, steps: 3, every: 1}]",
+    ],
+)
+def test_a_method_that_counts_its_updates(path, tmp_path, method):
+    """A scalar in its state has no axis that could be padded."""
+    options = [f"method={method}", "data.eval_path=null", "train.eval_steps=null", "mesh={data: 8}"]
+    options += ["train.train_batch_size=8", "train.learning_rate=0.01"]
+    assert cli.main(["train", str(path), *options, "many=[{seed: 1}, {seed: 2}]"]) == 0
+    for i in range(2):
+        own = ["many=[]", f"seed={i + 1}", f"output_dir={tmp_path / f'own{i}'}"]
+        assert cli.main(["train", str(path), *options, *own]) == 0
+        found, alone = (artefact.open_run(str(f)) for f in (tmp_path / f"run/members/{i}", tmp_path / f"own{i}"))
+        close((found.train, found.state), (alone.train, alone.state))
+
+
 def test_a_preset_before_what_differs_is_told(path, tmp_path, capsys):
     """It is several methods, so that what differs would be counted to another."""
     chain = "method=[{name: mam, length: 2, width: 4}, {name: lora, rank: 2, targets: attention/q/kernel}]"

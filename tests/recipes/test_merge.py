@@ -73,7 +73,11 @@ def equal(found, expected):
         np.testing.assert_allclose(found[p], x, atol=1e-6, err_msg=p)
 
 
-@pytest.mark.parametrize("flags", [("--how", "cat"), ("--of", "weights", "--how", "linear")])
+EXACT = [("--how", "cat"), ("--of", "weights", "--how", "linear")]
+"""Ways to the exact weighted sum."""
+
+
+@pytest.mark.parametrize("flags", EXACT)
 def test_the_exact_sum_of_what_two_methods_changed(runs, tmp_path, flags):
     found = merged(runs, tmp_path / "out", ["two", "plus"], "--weights", "0.7", "-0.3", *flags)
     one, two = (changes(artefact.open_run(str(runs / n))) for n in ("two", "plus"))
@@ -159,6 +163,47 @@ def test_weights_kept_as_products_of_a_rank(runs, tmp_path):
     equal(changes(found), {p: x + two[p] for p, x in one.items()})  # two ranks of 2 fit into 4
 
 
+def test_weights_of_a_base_in_few_bits_are_not_rounded_to_it(runs, tmp_path):
+    bits = ["model.param_dtype=bfloat16", "train.learning_rate=0.003"]
+    for name in ("two", "plus"):
+        options = [f"method={json.dumps(RUNS[name])}", f"output_dir={tmp_path / name}", *bits]
+        assert cli.main(["train", str(runs / "my.yaml"), *options]) == 0
+    pair = [str(tmp_path / n) for n in ("two", "plus")]
+    products, whole = (merged(runs, tmp_path / how[-1], pair, "--weights", "1", "-2", *how) for how in EXACT)
+    assert whole.train.keys() == products.train.keys()
+    for p, x in whole.train.items():
+        factors = products.train[p]
+        change = jnp.matmul(factors["a"], factors["b"], precision="highest")
+        assert np.abs(change).max() > 1e-3
+        start = paths.get(products.loaded.params, p).astype(jnp.float32)
+        np.testing.assert_allclose(x - start, change, atol=1e-6, err_msg=p)
+
+
+def test_a_base_that_a_method_rewrote_is_counted_once(runs, tmp_path, capsys):
+    """Its rounding is in every run, and no run's change."""
+    method = [{"name": "quantize"}, {"name": "lora", "rank": 2, "targets": "attention/q/kernel"}]
+    for seed in (0, 1):
+        options = [f"method={json.dumps(method)}", f"output_dir={tmp_path / str(seed)}", f"seed={seed}"]
+        assert cli.main(["train", str(runs / "my.yaml"), *options]) == 0
+    pair, out = [str(tmp_path / "0"), str(tmp_path / "1")], str(tmp_path / "out")
+    assert cli.main(["merge", *pair, "--of", "weights", "--output", out]) == 2
+    assert "quantize+lora rewrote layers/0/attention/k/kernel of the base" in capsys.readouterr().err
+    assert cli.main(["merge", *pair, "--output", out]) == 0
+
+
+@pytest.mark.parametrize("targets", ["attention/q/kernel", "/head/kernel"])
+def test_frozen_heads_of_other_seeds_are_refused(runs, tmp_path, capsys, targets):
+    """Also below an adapter."""
+    for seed in (0, 1):
+        method = f"method={{name: lora, rank: 1, targets: {targets}}}"
+        options = [*worlds.classified(tmp_path), method, f"output_dir={tmp_path / str(seed)}", f"seed={seed}"]
+        assert cli.main(["train", str(runs / "my.yaml"), *options]) == 0
+    pair = [str(tmp_path / "0"), str(tmp_path / "1")]
+    assert cli.main(["merge", *pair, "--output", str(tmp_path / "out")]) == 2
+    assert "the runs have heads of their own (head/kernel, of other seeds)" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_dropping_at_random_depends_on_the_seed(runs, tmp_path):
     flags = ("--how", "dare_linear", "--seed")
     a, b, c = (
@@ -177,6 +222,8 @@ def test_dropping_at_random_depends_on_the_seed(runs, tmp_path):
         (["adapter", "adapter"], ["--of", "weights"], "no plain kernel to merge into"),
         (["two", "plus"], ["--weights", "1"], "1 weights for 2 changes"),
         (["two", "plus"], ["--rank", "3"], "--rank N"),
+        (["two", "plus"], ["--density", "0.3"], "dare_linear, dare_ties; not cat"),
+        (["two", "plus"], ["--how", "linear", "--density", "0.5"], "dare_linear, dare_ties; not linear"),
         (["two", "nowhere"], [], "no such folder"),
     ],
 )

@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import worlds
 
 from tunejax import cli
+from tunejax.core import errors
 from tunejax.core.model import full_batch
 from tunejax.recipes import merge, mixed
 
@@ -68,6 +69,21 @@ def test_logits_and_text_of_a_mixed_batch(runs, names, capsys):
     alone = [said(capsys, folders[i], "--prompt", p) for i, p in zip(ids, PROMPTS, strict=True)]
     shown = [f"> [{folders[i]}] {p}\n{t}" for i, p, t in zip(ids, PROMPTS, alone, strict=True)]
     assert [" ".join(x.split()) for x in text.split("> ")] == [" ".join(x.split()) for x in "".join(shown).split("> ")]
+
+
+def test_a_frozen_head_must_be_that_of_all_rows(runs, tmp_path):
+    for seed, rank, name in ((0, 2, "a"), (1, 2, "b"), (1, 3, "c"), (0, 3, "d")):
+        method = f"method={{name: lora, rank: {rank}, targets: attention/q/kernel}}"
+        options = [*worlds.classified(tmp_path), method, f"seed={seed}", f"output_dir={tmp_path / name}"]
+        assert cli.main(["train", str(runs / "my.yaml"), *options]) == 0
+    for pair in ("ab", "ac"):
+        with pytest.raises(errors.ConfigError, match=r"heads of their own \(head/kernel, of other seeds\)"):
+            mixed.serve(merge.opened([str(tmp_path / name) for name in pair]))
+    opened = merge.opened([str(tmp_path / name) for name in "ad"])
+    served, batch = mixed.serve(opened), full_batch(jnp.full((2, 5), 6, jnp.int32))
+    found = logits(served.model, served.chosen([0, 1]), batch)
+    for i, r in enumerate(opened):
+        np.testing.assert_allclose(found[i], logits(r.parts.model, r.params, batch)[i], atol=1e-5)
 
 
 def logits(model, params, batch):

@@ -59,6 +59,12 @@ def jsonl(path: Path, rows: list) -> Path:
     return path
 
 
+def classified(folder: Path) -> list[str]:
+    """Overrides for a run that tells two labels apart, with a head that the checkpoint lacks."""
+    rows = [{"text": f"the {c} cat", "label": c} for c in ("red", "blue")] * 4
+    return ["objective.name=classification", f"data.path={jsonl(folder / 'labelled.jsonl', rows)}"]
+
+
 def make(folder: Path) -> Path:
     """A checkpoint, rows and a config that trains in a moment; returns the config's path."""
     checkpoint(folder / "model")

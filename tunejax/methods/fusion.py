@@ -20,8 +20,9 @@ from tunejax.core import method as methods
 from tunejax.core.method import Axes, Context, Method, Start
 from tunejax.core.paths import Params, Path
 
-LOADED = ("adapters",)
-"""Arguments that a config gives as folders of finished runs; the recipe reads what they trained."""
+LOADED = {"adapters": lambda state: apart(state)}
+"""Arguments that a config gives as folders of finished runs, whose adapters the recipe reads -> how a run's own state
+gives them, when these folders may be gone."""
 
 AGREE = {"activation": None, "scale": None, "reads": "branch"}
 """What the runs in those folders must have been trained with; None: what this method's argument of that name is."""
@@ -136,6 +137,13 @@ def fuse(adapters: Sequence[Adapter]) -> dict[Path, dict[str, Any]]:
                 f"adapter_fusion: adapter {i} stands at {', '.join(adapter)} and adapter 0 at {', '.join(adapters[0])}"
             )
     return {p: {n: _stacked([a[p][n] for a in adapters], n) for n in bottleneck.AXES} for p in adapters[0]}
+
+
+def apart(fused: Mapping[Path, Mapping[str, Any]]) -> list[Adapter]:
+    """The adapters of which `fuse` made this; narrower ones keep the zeros that they were filled up with."""
+    count = next((a["up_bias"].shape[-2] for a in fused.values()), 0)
+    one = lambda x, name, i: np.take(np.asarray(x), i, axis=x.ndim - 1 - len(bottleneck.AXES[name]))  # noqa: E731
+    return [{p: {n: one(x, n, i) for n, x in a.items()} for p, a in fused.items()} for i in range(count)]
 
 
 def _stacked(arrays: Sequence[Any], name: str) -> np.ndarray:

@@ -107,7 +107,7 @@ def build(
       specs: as above.
       tokenize: text -> ids, for arguments that a method takes as token ids (its module's TEXTS).
       load: folder of a finished run -> (what it trained, the description of its method), for arguments that are lists
-        of these folders (its module's LOADED). The descriptions must agree with this one (its module's AGREE).
+        of these folders (named in its module's LOADED). The descriptions must agree with this one (its module's AGREE).
       facts: name -> what is so of the model, for arguments that follow from it (its module's FACTS) and are not given.
 
     Raises:
@@ -127,6 +127,25 @@ def _one(spec: Mapping[str, Any] | str, *texts_and_facts: Any) -> Method:
     if not isinstance(made, Method):
         raise errors.ConfigError(f"method {name!r}: the function returned {type(made).__name__}, no Method and no list")
     return methods.at_rate(made, scale_of(spec))
+
+
+def with_kept(
+    specs: Mapping[str, Any] | str | Sequence[Mapping[str, Any] | str], state: Callable[[], Mapping[str, Any]]
+) -> list[Any]:
+    """The descriptions with what a finished run keeps itself of the runs that it names, whose folders may be gone.
+
+    state: () -> that of the run's method; called where a method takes from other runs and its module's LOADED says how
+      its state gives what it took.
+    """
+    listed = [specs] if isinstance(specs, Mapping | str) else specs
+    out = [{"name": s} if isinstance(s, str) else dict(s) for s in listed]
+    for i, spec in enumerate(out):
+        name = spec.get("name")
+        taken = getattr(find(name)[1], "LOADED", ()) if isinstance(name, str) else ()
+        if isinstance(taken, Mapping):
+            own = state() if len(out) == 1 else state().get(f"{i}:{name}")  # as `core.method.chain` names them
+            spec |= {key: of(own) for key, of in taken.items() if key in spec and own}
+    return out
 
 
 def scale_of(spec: Mapping[str, Any] | str) -> float:

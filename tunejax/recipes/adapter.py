@@ -1,6 +1,7 @@
 """The adapter folder: what a run trained, and the digest of the base that it belongs to."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +19,13 @@ class Base(NamedTuple):
 
     name: str
     digest: str
+
+
+class Source(NamedTuple):
+    """Where a run stands that others take from. head: of its model, whose arrays are part of the digest."""
+
+    base: Base
+    head: str | None
 
 
 class Adapter(NamedTuple):
@@ -80,21 +88,41 @@ def read(folder: Path) -> Adapter:
     return Adapter(arrays, base, spec)
 
 
-def trained(run: str) -> tuple[dict[str, Any], Any]:
+def trained(run: str, sources: dict[str, Source] | None = None) -> tuple[dict[str, Any], Any]:
     """What a finished run trained, as its method's ``train``, and that method's description, as in its config.
 
-    run: its folder. Raises CheckpointError as `read`.
+    run: its folder; sources: where to note what it stands on. Raises CheckpointError as `read`.
     """
-    out: dict[str, Any] = {}
     found = read(Path(run) / "adapter")
-    for name, array in found.arrays.items():
-        tree, *keys = name.split("|")
+    if sources is not None:
+        sources[run] = Source(found.base, found.info.get("head"))
+    return nested(found, "train"), found.info.get("method")
+
+
+def nested(adapter: Adapter, tree: str) -> dict[str, Any]:
+    """The arrays of one tree, whose nodes are all dicts."""
+    out: dict[str, Any] = {}
+    for name, array in adapter.arrays.items():
+        of, *keys = name.split("|")
         node = out
-        for key in keys[:-1] if tree == "train" else ():
+        for key in keys[:-1] if of == tree else ():
             node = node.setdefault(key, {})
-        if tree == "train":
+        if of == tree:
             node[keys[-1]] = array
-    return out, found.info.get("method")
+    return out
+
+
+def check_sources(sources: Mapping[str, Source]) -> None:
+    """Raises CheckpointError, naming both, where two of them have one head and bases of other digests."""
+    first: dict[str | None, str] = {}
+    for name, source in sources.items():
+        other = first.setdefault(source.head, name)
+        base, wanted = source.base, sources[other].base
+        if base.digest != wanted.digest:
+            raise errors.CheckpointError(
+                f"{other} is on {wanted.name} (digest {wanted.digest[:16]}), and {name} on {base.name} (digest "
+                f"{base.digest[:16]}): what runs trained goes together on one base, in one model.param_dtype"
+            )
 
 
 def check_base(adapter: Adapter, base: Base) -> None:

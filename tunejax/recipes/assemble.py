@@ -37,13 +37,15 @@ class Opened(NamedTuple):
     """What a config names, as far as it can be read without weights.
 
     known: names of the classes that the checkpoint's own head tells apart; empty where the run loads no such head.
+    sources: runs that its method takes from.
     """
 
     folder: Path
     model_config: ModelConfig
     tokenizer: Any
     method: Method
-    known: tuple[str, ...] = ()
+    known: tuple[str, ...]
+    sources: dict[str, adapter.Source]
 
     @property
     def prompt(self) -> tuple[int, ...]:
@@ -52,7 +54,10 @@ class Opened(NamedTuple):
 
 
 class Parts(NamedTuple):
-    """What a config names, built; no parameters yet. name: of the model, as the config gives it. known: of `Opened`."""
+    """What a config names, built; no parameters yet.
+
+    name: of the model, as the config gives it; known, sources: of `Opened`.
+    """
 
     config: schema.Config
     name: str
@@ -63,7 +68,8 @@ class Parts(NamedTuple):
     model: Model
     objective: Objective
     mesh: jax.sharding.Mesh
-    known: tuple[str, ...] = ()
+    known: tuple[str, ...]
+    sources: dict[str, adapter.Source]
 
     @property
     def prompt(self) -> tuple[int, ...]:
@@ -88,10 +94,13 @@ class Loaded(NamedTuple):
     prints: dict[str, str]
 
 
-def opened(config: schema.Config, method: Method | None = None) -> Opened:
+def opened(config: schema.Config, method: Method | None = None, specs: Any = None) -> Opened:
     """Reads what the config names: its method's spec, the checkpoint's shape and its tokenizer; no weights.
 
-    method: instead of the one that the config names.
+    Args:
+      config: of a run.
+      method: instead of the one that the config names.
+      specs: its description instead of the config's.
     """
     folder = hf.resolve(locate.model(config.model.path))
     found = hf.read_config(folder)
@@ -101,6 +110,7 @@ def opened(config: schema.Config, method: Method | None = None) -> Opened:
     if config.model.head == "classification":
         found = dataclasses.replace(found, num_labels=len(known))
     shape = model_shape(config, with_layers(config, found), None)
+    sources: dict[str, adapter.Source] = {}
     if method is None:
         head = config.model.head or "lm"
         facts = {
@@ -108,7 +118,10 @@ def opened(config: schema.Config, method: Method | None = None) -> Opened:
             "kv_head_counts": list(cut.head_counts(shape, head)),
             "writable": cut.writable(shape, head),
         }
-        method = registry.build(config.method, lambda text: list(tokenizer(text)["input_ids"]), adapter.trained, facts)
+        tokenize = lambda text: list(tokenizer(text)["input_ids"])  # noqa: E731
+        read = lambda run: adapter.trained(run, sources)  # noqa: E731
+        method = registry.build(config.method if specs is None else specs, tokenize, read, facts)
+        adapter.check_sources(sources)
         virtual.check(config.data.template, method.prompt, method.name)
     if config.data.max_length + method.prefix > found.max_positions:
         raise errors.ConfigError(
@@ -116,7 +129,7 @@ def opened(config: schema.Config, method: Method | None = None) -> Opened:
             f"and {config.model.path} has {found.max_positions}: set data.max_length="
             f"{found.max_positions - method.prefix}"
         )
-    return Opened(folder, shape, tokenizer, method, known)
+    return Opened(folder, shape, tokenizer, method, known, sources)
 
 
 def check_ids(config: schema.Config, found: ModelConfig, tokenizer: Any) -> None:
@@ -153,7 +166,7 @@ def virtual_ids(method: Method, model_config: ModelConfig) -> tuple[int, ...]:
 
 def parts(config: schema.Config, from_: Opened, *, num_labels: int | None = None, mesh: Any = None) -> Parts:
     """Builds everything but parameters and data. num_labels: as the data has it, where the config does not say."""
-    folder, found, tokenizer, method, known = from_
+    folder, found, tokenizer, method, known, sources = from_
     model_config = model_shape(config, found, num_labels)
     mesh = sharding.make_mesh(**config.mesh.model_dump()) if mesh is None else mesh
     model = build.build(
@@ -167,7 +180,8 @@ def parts(config: schema.Config, from_: Opened, *, num_labels: int | None = None
     )
     made = objective(config, tokenizer)
     check_class_weights(config, classes(config, num_labels))
-    return Parts(config, config.model.path, folder, model_config, tokenizer, method, model, made, mesh, known)
+    name = config.model.path
+    return Parts(config, name, folder, model_config, tokenizer, method, model, made, mesh, known, sources)
 
 
 def with_layers(config: schema.Config, found: ModelConfig) -> ModelConfig:
@@ -279,7 +293,11 @@ def shapes(p: Parts) -> paths.Params:
 
 
 def load(p: Parts) -> Loaded:
-    """The checkpoint on the mesh, a fresh head drawn from the seed, and the digest of what was read."""
+    """The checkpoint on the mesh, a fresh head drawn from the seed, and the digest of what was read.
+
+    Raises:
+      CheckpointError: a damaged one, or one that a run that the method takes from was not trained on.
+    """
     key = jax.random.fold_in(jax.random.key(p.config.seed), 7)
     places = jax.tree.map(lambda x: x.sharding, shapes(p))
     if p.config.model.random_init:
@@ -298,4 +316,6 @@ def load(p: Parts) -> Loaded:
     fresh, flat = list(report.fresh), paths.flatten(params)
     read = digest.leaf_digests(paths.unflatten({k: x for k, x in flat.items() if k not in fresh}))
     drawn = digest.leaf_digests(paths.unflatten({k: flat[k] for k in fresh}))
-    return Loaded(params, adapter.Base(p.name, digest.of_leaves(read)), fresh, {**read, **drawn})
+    base = adapter.Base(p.name, digest.of_leaves(read))
+    adapter.check_sources({"this run": adapter.Source(base, p.config.model.head), **p.sources})
+    return Loaded(params, base, fresh, {**read, **drawn})

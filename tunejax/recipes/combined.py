@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tunejax.config import schema
-from tunejax.core import combine, errors, method, operators, paths
+from tunejax.core import combine, errors, method, paths
 from tunejax.core.combine import Factors, Product
 from tunejax.methods import registry
 from tunejax.recipes import adapter, artefact
@@ -139,12 +139,31 @@ def equal(a: Any, b: Any) -> bool:
     return ours.keys() == theirs.keys() and all(np.array_equal(x, theirs[k]) for k, x in ours.items())
 
 
+def rewritten(run: artefact.Tuned) -> dict[str, Any]:
+    """What the method rewrote of the base, by path; holes, whose values train, left out."""
+    before = paths.flatten(run.loaded.params)
+    return {p: x for p, x in paths.flatten(run.base).items() if x is not None and x is not before[p]}
+
+
+def check_heads(runs: list[artefact.Tuned]) -> None:
+    """Raises ConfigError where a head that the checkpoint lacks, and that stayed frozen, is not one in all runs."""
+    frozen = {p for r in runs for p in r.loaded.fresh if paths.get(r.base, p) is not None}
+    for path in sorted(frozen):
+        first, *others = (paths.get(r.loaded.params, path) for r in runs)
+        if not all(np.array_equal(first, x) for x in others):
+            raise errors.ConfigError(
+                f"the runs have heads of their own ({path}, of other seeds), and nothing of the base can be each run's "
+                "own: train them with one seed, or let the head train"
+            )
+
+
 def of_weights(runs: list[artefact.Tuned], how: How, rank: int | None) -> Made:
     """The changes that the runs made to the base, whatever made them, as task arithmetic, TIES and DARE speak of them.
 
     Kept as whole values of what changed; where ``rank`` is given, kernels of the stack as products of that rank.
 
     Raises:
+      ConfigError: a method rewrote the base before it trained, or adds to it what it has not.
       NotLinear: a method that cannot be merged.
     """
     changes = [_changes(r) for r in runs]
@@ -168,8 +187,16 @@ def of_weights(runs: list[artefact.Tuned], how: How, rank: int | None) -> Made:
 
 def _changes(run: artefact.Tuned) -> dict[str, jax.Array]:
     """path -> how far the run moved it, of all that it moved; as if the stack were one segment."""
-    before = paths.flatten(run.loaded.params)
-    after = paths.flatten(run.parts.method.merge(run.base, run.train, run.state))
+    edited = rewritten(run)
+    if edited:
+        raise errors.ConfigError(
+            f"{run.parts.method.name} rewrote {next(iter(edited))} of the base before it trained, which would count as "
+            "a change once for each run: combine --of adapters"
+        )
+    # A merge is rounded to the base's type, and what a run changed is small beside what it changed.
+    before = {p: None if x is None else x.astype(jnp.float32) for p, x in paths.flatten(run.loaded.params).items()}
+    base = {p: None if x is None else before[p] for p, x in paths.flatten(run.base).items()}
+    after = paths.flatten(run.parts.method.merge(paths.unflatten(base), run.train, run.state))
     moved = {p for p, x in after.items() if x is not before[p]}
     added = [p for p in moved if before[p] is None]
     if added:
@@ -178,7 +205,7 @@ def _changes(run: artefact.Tuned) -> dict[str, jax.Array]:
         )
     ends = {p.split("/", 2)[-1] for p in moved if p.startswith("layers/")}
     touched = {p for p in before if p in moved or (p.startswith("layers/") and p.split("/", 2)[-1] in ends)}
-    differences = {p: after[p].astype(jnp.float32) - operators.dense(before[p]).astype(jnp.float32) for p in touched}
+    differences = {p: after[p].astype(jnp.float32) - before[p] for p in touched}
     return joined({p: differences[p] for p in before if p in touched}, paths.segments(run.loaded.params))
 
 

@@ -1,17 +1,20 @@
 """`tunejax merge RUN RUN ... --output FOLDER`: the adapters of several runs on one base as one."""
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from tunejax.config import load, schema
-from tunejax.core import combine, errors, paths
+from tunejax.core import combine, errors, operators, paths
 from tunejax.methods import registry
 from tunejax.recipes import adapter, artefact, combined, folder, runtime
 from tunejax.recipes.combined import STACKED, How, Made
+
+DENSITY = 0.5
+"""The share of entries that pruning keeps where no flag says it."""
 
 
 def main(args: argparse.Namespace) -> None:
@@ -31,14 +34,23 @@ def main(args: argparse.Namespace) -> None:
 
 
 def settings(args: argparse.Namespace) -> How:
-    """The flags. Weights are 1 each, or 1 / runs where a plain sum would otherwise grow with their number."""
+    """The flags. Weights are 1 each, or 1 / runs where a plain sum would otherwise grow with their number.
+
+    Raises:
+      ConfigError: one out of range, or one that this way to combine does not take.
+    """
     count = len(args.runs)
     grows = args.how == STACKED or not combine.HOWS[args.how].elect
     weights = args.weights or [1 / count if grows else 1.0] * count
-    combine.check("linear" if args.how == STACKED else args.how, count, weights, args.density)
+    name = "linear" if args.how == STACKED else args.how
+    prunes = [how for how, its in combine.HOWS.items() if its.prune]
+    if args.density is not None and name not in prunes:
+        raise errors.ConfigError(f"--density is the share that pruning keeps: {', '.join(prunes)}; not {args.how}")
+    density = DENSITY if args.density is None else args.density
+    combine.check(name, count, weights, density)
     if args.rank is not None and (args.of != "weights" or args.rank < 1):
         raise errors.ConfigError("--rank N, at least 1, cuts what --of weights gives to products of that rank")
-    return How(args.how, weights, args.density, jax.random.key(args.seed))
+    return How(args.how, weights, density, jax.random.key(args.seed))
 
 
 def opened(names: list[str], changes: list[str] | None = None) -> list[artefact.Tuned]:
@@ -65,22 +77,25 @@ def write(output: Path, runs: list[artefact.Tuned], made: Made, about: dict[str,
     specs = made.specs if len(made.specs) > 1 else made.specs[0]
     config = load.check({**first.config.model_dump(mode="json"), "method": specs, "output_dir": str(output)})
     tokenize = lambda text: list(first.tokenizer(text)["input_ids"])  # noqa: E731
-    names = [registry.build(s, tokenize, adapter.trained).name for s in made.specs]
+    names = [_name(spec, state, tokenize) for spec, state in zip(made.specs, made.state, strict=True)]
     keys = [f"{i}:{n}" for i, n in enumerate(names)]
     train, state = (v[0] if len(v) == 1 else dict(zip(keys, v, strict=True)) for v in (made.train, made.state))
-    heads = [{p: paths.get(r.loaded.params, p) for p in r.loaded.fresh} for r in runs]
-    trained = {p for tree in made.train for p in tree}
-    if not all(np.array_equal(h[p], heads[0][p]) for h in heads for p in heads[0] if p not in trained):
-        raise errors.ConfigError("the runs have heads of their own (of other seeds), which no sum can stand for")
+    combined.check_heads(runs)
     info = {
         "method": config.method, "name": "+".join(names), "head": config.model.head, "seed": config.seed, "step": 0,
         "num_labels": first.model_config.num_labels, "labels": list(config.data.labels or []),
     }  # fmt: skip
-    fresh = {p: x for p, x in heads[0].items() if p not in trained}
+    whole = {p for tree in made.train for p, x in tree.items() if operators.is_array(x)}
+    fresh = {p: paths.get(runs[0].loaded.params, p) for p in runs[0].loaded.fresh if p not in whole}
     folder.begin(config)
     adapter.save(output / "adapter", {"train": train, "state": state, "fresh": fresh}, runs[0].loaded.base, info)
     folder.write_json(output / "summary.json", {"merged": about, "base": runs[0].loaded.base._asdict()})
     return config
+
+
+def _name(spec: dict[str, Any], state: Any, tokenize: Callable[[str], list[int]]) -> str:
+    """The name of the method of this description and state."""
+    return registry.build(registry.with_kept(spec, lambda: state), tokenize, adapter.trained).name
 
 
 def _named(config: schema.Config) -> str:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tunejax.core import combine, errors, paths
+from tunejax.core import combine, errors
 from tunejax.core.combine import Factors
 from tunejax.core.method import Method
 from tunejax.data import completions
@@ -34,13 +34,14 @@ def serve(runs: list[artefact.Tuned]) -> Served:
     """The runs, on one base, as one model. Where what they add are products, sites and ranks may differ.
 
     Raises:
-      ConfigError: runs of methods whose arrays do not stack.
+      ConfigError: runs of methods whose arrays do not stack, or with frozen heads of their own.
     """
+    combined.check_heads(runs)
     specs = [combined.specs_of(r.parts.config) for r in runs]
     alike = all(s == specs[0] for s in specs)
     first = runs[0].parts
     if alike:
-        edits = [_edits(r) for r in runs]
+        edits = [combined.rewritten(r) for r in runs]
         if not all(combined.equal(e, edits[0]) for e in edits):
             raise errors.ConfigError(f"{first.method.name}: each run rewrote the base in its own way; serve them apart")
         method, base = first.method, runs[0].base
@@ -49,12 +50,6 @@ def serve(runs: list[artefact.Tuned]) -> Served:
         method, trains = _products(runs, specs)
         base, states = runs[0].loaded.params, [{} for _ in runs]
     return Served(runs, mixed.model_of(first.model, method), mixed.stacked(base, trains, states))
-
-
-def _edits(run: artefact.Tuned) -> dict[str, Any]:
-    """What the method rewrote of the base, holes left out."""
-    before = paths.flatten(run.loaded.params)
-    return {p: x for p, x in paths.flatten(run.base).items() if x is not None and x is not before[p]}
 
 
 def _products(runs: list[artefact.Tuned], specs: list[list[dict[str, Any]]]) -> tuple[Method, list[Any]]:

@@ -122,6 +122,8 @@ def padded(tree: PyTree, like: PyTree) -> PyTree:
             raise errors.ConfigError(
                 f"members of one program differ: an array of shape {x.shape}, another {wanted.shape}"
             )
+        if x.shape == wanted.shape:  # a scalar has no axis to pad
+            return x
         return jnp.pad(x, [(0, b - a) for a, b in zip(x.shape, wanted.shape, strict=True)])
 
     try:
