@@ -19,7 +19,7 @@ from tunejax.config import load
 from tunejax.data import completions
 from tunejax.interop import hf
 from tunejax.models import build
-from tunejax.recipes import artefact, samples
+from tunejax.recipes import artefact, assemble, samples
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,8 @@ def test_perplexity_is_that_of_cross_entropy(tmp_path, capsys):
 
 
 def test_each_batch_has_draws_of_its_own(tmp_path):
-    tuned = artefact.open_base(load.load(worlds.make(tmp_path), ["generation.temperature=1"]))
+    config = load.load(worlds.make(tmp_path), ["generation.temperature=1"])
+    tuned = artefact.open_base(config, assemble.opened(config))
     rows = completions.left_padded([[5, 6, 7]] * 8, 32)
     draw = samples.generator(tuned.parts, tuned.params)
     first, second = draw(*rows), draw(*rows)
