@@ -248,24 +248,18 @@ def select(
     if layers is not None:
         left_out = _outside(params, layers)
         flat = {p: x for p, x in flat.items() if p.startswith("layers/") and not any(p in s for s in left_out)}
-    chosen: dict[Path, Leaf] = {}
     by_pattern: dict[str, list[Path]] = {}
     for pattern in patterns:
-        minus = pattern.startswith("!")
         hits = [p for p in flat if matches(pattern.lstrip("!"), p)]
         if not hits and not empty:
             raise errors.TargetError(
                 f"target {pattern!r} matches none of {len(flat)} parameters. {_nearest_paths(pattern, flat)}"
             )
         by_pattern[pattern] = hits
-        for p in hits:
-            if minus:
-                chosen.pop(p, None)
-            else:
-                chosen[p] = flat[p]
-    if not chosen and not empty:
+    leaves = {p: x for p, x in flat.items() if chosen(patterns, p)}
+    if not leaves and not empty:
         raise errors.TargetError(f"targets {', '.join(map(repr, patterns))} take away all that they match")
-    return Selection({p: x for p, x in flat.items() if p in chosen}, by_pattern)
+    return Selection(leaves, by_pattern)
 
 
 def _nearest_paths(pattern: str, flat: Mapping[Path, Leaf]) -> str:
