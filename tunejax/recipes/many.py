@@ -129,8 +129,9 @@ def begin(ready: Ready) -> Begun:
     likes = [jax.eval_shape(p.method.init, key_shape(), loaded.params) for p in own]
     counts = [table.table(loaded.params, like.train, like.edits) for like in likes]
     told = report.describe(parts.method, loaded.params, shapes)
-    train.announce(parts, table.table(loaded.params, shapes.train, shapes.edits), told, ready.data, ready.total)
-    fresh = {p: adapter.on_host(paths.get(loaded.params, p)) for p in loaded.fresh if p not in shapes.edits}
+    frozen = [p for p in loaded.fresh if p not in shapes.edits]
+    train.announce(parts, table.table(loaded.params, shapes.train, shapes.edits), told, ready.data, ready.total, frozen)
+    fresh = {p: adapter.on_host(paths.get(loaded.params, p)) for p in frozen}
     factors = [many.factors_of(shapes, members.keyed(parts.method, f)) for f in ready.plans]
     optimizer = settings.optimizer(ready.config, ready.total)
     begun, base = many.start(

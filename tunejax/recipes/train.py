@@ -191,7 +191,7 @@ def announce(
     targets: report.Report,
     data: rows.Rows,
     total: int,
-    frozen: Sequence[str] = (),
+    frozen: Sequence[str],
 ) -> None:
     """Prints what is about to run. frozen: what the checkpoint lacks, which was drawn and does not train itself."""
     if jax.process_index():
