@@ -7,6 +7,7 @@ fingerprints are then hashed with SHA-256, with path, shape and type. It finds a
 against a forger.
 """
 
+import functools
 import hashlib
 from collections.abc import Mapping
 from typing import Any
@@ -80,6 +81,7 @@ def _fingerprints(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
     return {path: _fingerprint(x, stacked=path.startswith("layers/")) for path, x in arrays.items()}
 
 
+@functools.partial(jax.jit, static_argnames="stacked")  # leaves of one shape are traced once
 def _fingerprint(x: jax.Array, stacked: bool) -> jax.Array:
     bits = _bits(x)
     bits = bits if stacked else bits[None]
