@@ -86,15 +86,17 @@ def test_taps_have_their_usual_axes():
     np.testing.assert_allclose(aux["hidden"][:, 0], alone["hidden"][:, 0], atol=1e-5)
 
 
-def test_the_base_is_read_once_for_all_rows():
-    """No kernel of the base gets a rows' axis in the program."""
+@pytest.mark.parametrize("length", [6, 30])
+def test_the_base_is_read_once_for_all_rows(length):
+    """No kernel of the base gets a rows' axis in the program, also where rows are long enough to add LoRA's to it."""
     method, base, trains, states = adapters("lora")
     params = mixed.chosen(mixed.stacked(base, trains, states), IDS)
-    tokens, mask = prompts()
+    tokens = mask = np.ones((len(IDS), length), np.int32)
     many = mixed.model_of(tiny.model(), method)
     text = str(jax.make_jaxpr(lambda p: logits_of_traced(many, p, tokens, mask))(params))
     assert "f32[16,24]" in text  # a kernel of the base, one layer
     assert "f32[5,16,24]" not in text  # the same a row
+    assert "f32[5,16,31]" not in text  # the head a row
     assert "f32[5,31,16]" not in text  # the embedding a row
 
 

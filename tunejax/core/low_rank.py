@@ -38,7 +38,7 @@ class LowRank(operators.Added):
     """base(x) + scale · (dropout(x) a) b.
 
     base: kernel [..., in, out], or an operator that stands for one. a [..., in, rank]; b [..., rank, out].
-    key: [...] PRNG keys of the dropout, one a layer, or None where there is none.
+    key: [...] PRNG keys of the dropout, one a layer, or None where there is none. apart: no kernel is added to the base.
     """
 
     base: Any
@@ -47,6 +47,7 @@ class LowRank(operators.Added):
     key: Any = None
     scale: float = operators.static(default=1.0)
     dropout: float = operators.static(default=0.0)
+    apart: bool = operators.static(default=False)
 
     def __call__(self, x: jax.Array, bias: jax.Array | None = None) -> jax.Array:
         """x [..., in] -> [..., out]."""
@@ -65,6 +66,7 @@ class LowRank(operators.Added):
         """Whether one product with base + scale · a b is exact and cheaper than two: on the CPU, all in float32."""
         if (
             jax.default_backend() != "cpu"
+            or self.apart
             or not operators.is_array(self.base)
             or (self.key is not None and self.dropout)
         ):
@@ -115,12 +117,14 @@ def drop(x: jax.Array, rate: float, key: Any) -> jax.Array:
     return jnp.where(kept, x / (1.0 - rate), jnp.zeros((), x.dtype))
 
 
-def check(name: str, rank: int, dropout: float) -> None:
-    """Raises ConfigError: rank below 1, or dropout outside [0, 1)."""
+def check(name: str, rank: int, dropout: float, alpha: float = 1.0) -> None:
+    """Raises ConfigError: rank below 1, dropout outside [0, 1), or an alpha of 0 or that is no number."""
     if rank < 1:
         raise errors.ConfigError(f"{name}: rank is {rank}; it must be at least 1")
     if not 0.0 <= dropout < 1.0:
         raise errors.ConfigError(f"{name}: dropout is {dropout}; it must lie in [0, 1)")
+    if not math.isfinite(alpha) or alpha == 0:
+        raise errors.ConfigError(f"{name}: alpha is {alpha}; it must be a number other than 0")
 
 
 def scale_of(alpha: float, rank: int, rslora: bool) -> float:
@@ -144,6 +148,11 @@ def uniform(key: Any, shape: tuple[int, ...], bound: float) -> jax.Array:
 def normal(key: Any, shape: tuple[int, ...]) -> jax.Array:
     """Float32 of this shape, normal with variance 1; drawn flat, as `uniform`."""
     return jax.random.normal(key, (math.prod(shape),)).reshape(shape)
+
+
+def beside(kernel: Any, a: Any, b: Any, ctx: Any, scale: float, dropout: float) -> LowRank:
+    """The product at a kernel as a step binds it."""
+    return LowRank(kernel, a, b, keys(ctx, kernel, dropout), scale=scale, dropout=dropout, apart=ctx.rows)
 
 
 def keys(ctx: Any, kernel: Any, dropout: float) -> Any:

@@ -4,13 +4,13 @@ chain(lora(rank=8, targets="attention/{q,v}/kernel"), train("norm/*"))
 """
 
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from tunejax.core import errors, operators, paths
+from tunejax.core import errors, operators, paths, table
 from tunejax.core.paths import Leaf, Params, Path
 
 PyTree = Any
@@ -24,6 +24,7 @@ class Context(NamedTuple):
     params: within `Method.update`, () -> the parameters that the whole chain binds after this step; elsewhere None.
       Nothing is computed that is not asked for. loss: float32 scalar, the batch's mean, likewise in `Method.update`.
     turn: int32 scalar, how many micro-batches came before this one.
+    rows: each row of a batch is bound to arrays of its own, so that whatever is as large as a kernel is made once a row.
     """
 
     step: Any = 0
@@ -32,6 +33,7 @@ class Context(NamedTuple):
     params: Callable[[], Params] | None = None
     loss: Any = None
     turn: Any = 0
+    rows: bool = False
 
 
 class Start(NamedTuple):
@@ -72,6 +74,7 @@ class Method(NamedTuple):
              or a prompt puts in front, or where a template has them. `chain` adds them up, the first method's first.
     prefix:  how many positions it takes before the first token within attention alone; the model counts them itself.
     updates: how many updates its schedule takes to end; 0 where it has none. A run of fewer leaves it on the way.
+    density: where what trains are differences from the base by path: the part of their entries that a mask lets through.
     """
 
     name: str
@@ -88,11 +91,25 @@ class Method(NamedTuple):
     prompt: int = 0
     prefix: int = 0
     updates: int = 0
+    density: float | None = None
 
 
 def learning(tuned: Method, train: PyTree) -> PyTree:
-    """``train`` without the leaves whose rate is 0: probes, there for their gradients alone."""
+    """What of ``train`` counts as trained, as `core.table` wants it.
+
+    Leaves whose rate is 0 do not: probes, there for their gradients alone. Of a masked difference only what the mask
+    lets through does, as `table.Entries`.
+    """
+    if tuned.parts:
+        return {k: learning(m, train[k]) for k, m in zip(keys(tuned.parts), tuned.parts, strict=True)}
+    if tuned.density is not None:
+        return {p: table.Entries(tuned.density * jax.tree.leaves(x)[0].size) for p, x in train.items()}
     return jax.tree.map(lambda x, rate: x if rate else None, train, tuned.rates(train))
+
+
+def keys(parts: Iterable[Method]) -> list[str]:
+    """What a chain of ``parts`` calls the tree of each: "<position>:<name>"."""
+    return [f"{i}:{m.name}" for i, m in enumerate(parts)]
 
 
 def at_rate(tuned: Method, scale: float) -> Method:
@@ -119,6 +136,7 @@ def method(
     prompt: int = 0,
     prefix: int = 0,
     updates: int = 0,
+    density: float | None = None,
 ) -> Method:
     """A `Method` from the two functions that every one has; the others default to keeping, to 0 and to densifying.
 
@@ -149,6 +167,7 @@ def method(
         prompt=prompt,
         prefix=prefix,
         updates=updates,
+        density=density,
     )
 
 
@@ -183,14 +202,14 @@ def chain(*methods: Method) -> Method:
     parts = tuple(p for m in methods for p in (m.parts or (m,)))
     if len(parts) == 1:
         return parts[0]
-    keys = [f"{i}:{m.name}" for i, m in enumerate(parts)]
+    names = keys(parts)
 
     def init(key: Any, params: Params) -> Start:
         edits: dict[Path, Leaf | None] = {}
         owner: dict[Path, str] = {}
         train, state = {}, {}
         bound = params
-        for i, (k, m) in enumerate(zip(keys, parts, strict=True)):
+        for i, (k, m) in enumerate(zip(names, parts, strict=True)):
             start = m.init(jax.random.fold_in(key, i), bound)
             _refuse_twice(m.name, start.edits, owner, paths.flatten(params), paths.flatten(bound))
             owner.update(dict.fromkeys(start.edits, m.name))
@@ -200,30 +219,30 @@ def chain(*methods: Method) -> Method:
         return Start(edits, train, state)
 
     def bind(params: Params, train: PyTree, state: PyTree, ctx: Context) -> Params:
-        for i, (k, m) in enumerate(zip(keys, parts, strict=True)):
+        for i, (k, m) in enumerate(zip(names, parts, strict=True)):
             params = m.bind(params, train[k], state[k], _with_key(ctx, i))
         return params
 
     def update(train: PyTree, state: PyTree, grads: PyTree, ctx: Context) -> PyTree:
-        items = enumerate(zip(keys, parts, strict=True))
+        items = enumerate(zip(names, parts, strict=True))
         return {k: m.update(train[k], state[k], grads[k], _with_key(ctx, i)) for i, (k, m) in items}
 
     def penalty(train: PyTree, state: PyTree, ctx: Context) -> Any:
-        return sum(m.penalty(train[k], state[k], ctx) for k, m in zip(keys, parts, strict=True))
+        return sum(m.penalty(train[k], state[k], ctx) for k, m in zip(names, parts, strict=True))
 
     def merge(params: Params, train: PyTree, state: PyTree) -> Params:
-        for k, m in zip(keys[:-1], parts[:-1], strict=True):
+        for k, m in zip(names[:-1], parts[:-1], strict=True):
             params = m.bind(params, train[k], state[k], Context())
-        return parts[-1].merge(params, train[keys[-1]], state[keys[-1]])
+        return parts[-1].merge(params, train[names[-1]], state[names[-1]])
 
     def axes(model_axes: Mapping[Path, Axes], train: PyTree) -> PyTree:
-        return {k: m.axes(model_axes, train[k]) for k, m in zip(keys, parts, strict=True)}
+        return {k: m.axes(model_axes, train[k]) for k, m in zip(names, parts, strict=True)}
 
     def cuts(depth: int) -> tuple[int, ...]:
         return tuple(sorted({c for m in parts for c in m.cuts(depth)}))
 
     def rates(train: PyTree) -> PyTree:
-        return {k: m.rates(train[k]) for k, m in zip(keys, parts, strict=True)}
+        return {k: m.rates(train[k]) for k, m in zip(names, parts, strict=True)}
 
     return Method(
         "+".join(m.name for m in parts), init, bind, update, penalty, merge, axes, cuts, parts,

@@ -16,6 +16,12 @@ class Row(NamedTuple):
     trained: int
 
 
+class Entries(NamedTuple):
+    """So many of a model leaf's own entries, where what trains is a difference from them and a mask says of which."""
+
+    count: float
+
+
 class Table(NamedTuple):
     """Counts by module. total: of the model; trained: of the method; added: what the method adds to the model."""
 
@@ -48,19 +54,20 @@ def table(params: Mapping[str, Any], train: Any = None, edits: Mapping[str, Any]
 
     Args:
       params: nested dict of arrays, or of their ShapeDtypeStructs.
-      train, edits: of the method's `Start`. A leaf of train kept under a model path counts there; others are "other".
+      train, edits: of the method's `Start`, the former as `core.method.learning` gives it. A leaf of train kept under
+        a model path counts there; others are "other".
     """
     flat = paths.flatten(params)
     holes = {p for p, leaf in (edits or {}).items() if leaf is None}
-    counts: dict[str, list[int]] = {}
+    counts: dict[str, list[float]] = {}
     for path, leaf in flat.items():
         counts.setdefault(module(path), [0, 0])[0] += paths.size(leaf)
     added = 0
-    for where, n in _trained(train, flat):
+    for where, n, own in _trained(train, flat):
         counts.setdefault(module(where) if where else "other", [0, 0])[1] += n
-        added += 0 if where in holes else n
-    rows = [Row(name, p, t) for name, (p, t) in counts.items() if p or t]
-    return Table(rows, sum(r.parameters for r in rows), sum(r.trained for r in rows), added)
+        added += 0 if own or where in holes else int(n)
+    rows = [Row(name, int(p), round(t)) for name, (p, t) in counts.items() if p or t]
+    return Table(rows, sum(r.parameters for r in rows), round(sum(t for _, t in counts.values())), added)
 
 
 def module(path: paths.Path) -> str:
@@ -69,8 +76,11 @@ def module(path: paths.Path) -> str:
     return "/".join(["layers", *keys[2:]]) if keys[0] == "layers" else "/".join(keys)
 
 
-def _trained(train: Any, flat: Mapping[paths.Path, Any], at: paths.Path = "") -> list[tuple[paths.Path, int]]:
+def _trained(train: Any, flat: Mapping[paths.Path, Any], at: paths.Path = "") -> list[tuple[paths.Path, float, bool]]:
+    """(path or "", how many, whether they are the model's own) of each leaf of ``train``."""
+    if isinstance(train, Entries):
+        return [(at, train.count, True)]
     if isinstance(train, Mapping):
         return [found for k, v in train.items() for found in _trained(v, flat, k if k in flat else at)]
     leaves = [x for x in jax.tree.leaves(train) if operators.is_array(x)]
-    return [(at, paths.size(x)) for x in leaves]
+    return [(at, paths.size(x), False) for x in leaves]

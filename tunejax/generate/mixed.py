@@ -63,7 +63,7 @@ def model_of(model: Model, method: Method) -> Model:
     """
 
     def bound(params: Params, train: PyTree, state: PyTree) -> Params:
-        return method.bind(params["base"], train, state, Context())
+        return method.bind(params["base"], train, state, Context(rows=True))
 
     def hidden(
         params: Params, batch: Batch, *, cache: Any = None, taps: Sequence[str] = (), key: Any = None

@@ -98,7 +98,7 @@ def adalora(
       ConfigError: ranks, steps or averages out of order.
       TargetError (from init): nothing matched, or what matched is no kernel.
     """
-    low_rank.check("adalora", rank, dropout)
+    low_rank.check("adalora", rank, dropout, alpha)
     _check(total_steps, rank, target_rank, warmup_steps, final_steps, every, beta1, beta2)
     scale = alpha / rank
 
@@ -111,9 +111,8 @@ def adalora(
         return Site({**train, "e": jnp.zeros(shapes["e"])}, {"zero": jnp.zeros(shapes["e"]), **averages})
 
     def wrap(kernel: Any, arrays: Arrays, ctx: Context) -> low_rank.LowRank:
-        keys = low_rank.keys(ctx, kernel, dropout)
         a = arrays["a"] * (arrays["e"] - arrays["zero"])[..., None, :]
-        return low_rank.LowRank(kernel, a, arrays["b"], keys, scale=scale, dropout=dropout)
+        return low_rank.beside(kernel, a, arrays["b"], ctx, scale, dropout)
 
     def update(train: Any, state: Any, grads: Any, ctx: Context) -> Any:
         learning = jnp.asarray(ctx.step) < total_steps - final_steps
@@ -133,8 +132,9 @@ def adalora(
         return orthogonal * unorthogonality(train) if orthogonal else jnp.zeros(())
 
     return methods.per_site(
-        "adalora", targets, new, wrap, layers=layers, axes=low_rank.AXES, update=update, penalty=penalty
-    )
+        "adalora", targets, new, wrap, layers=layers, axes=low_rank.AXES, update=update, penalty=penalty,
+        updates=total_steps,
+    )  # fmt: skip
 
 
 def averages(train: Arrays, state: Arrays, grads: Arrays, beta1: float, beta2: float) -> Arrays:

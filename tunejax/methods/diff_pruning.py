@@ -94,6 +94,8 @@ def diff_pruning(
         axes=axes,
         cuts=lambda depth: methods.layer_cuts(layers, depth),
         targets=named,
+        updates=mask_steps,
+        density=density,
     )
 
 

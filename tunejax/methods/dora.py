@@ -53,14 +53,19 @@ class DoRA(operators.Above):
 
     def __call__(self, x: jax.Array, bias: jax.Array | None = None) -> jax.Array:
         """x [..., in] -> [..., out]."""
-        norm = jax.lax.stop_gradient(column_norms(self.inner))
-        out = self.inner(x) * (self.m / norm).astype(x.dtype)
+        gain = self.m / jax.lax.stop_gradient(self._norms())
+        out = self.inner(x) * gain.astype(x.dtype)
         return out if bias is None else out + operators.dense_bias(self.inner, bias).astype(x.dtype)
 
     def dense(self) -> jax.Array:
         """The columns of the inner kernel, at their magnitudes."""
-        gain = self.m / column_norms(self.inner)
+        gain = self.m / self._norms()
         return (operators.dense(self.inner).astype(jnp.float32) * gain[..., None, :]).astype(self.dtype)
+
+    def _norms(self) -> jax.Array:
+        """What the columns are divided by: their norms, or 1 where a column is 0 and would be no number."""
+        squares = jnp.sum(operators.dense(self.inner).astype(jnp.float32) ** 2, axis=-2)
+        return jnp.sqrt(jnp.where(squares == 0, 1.0, squares))
 
 
 def column_norms(kernel: Any) -> jax.Array:
@@ -90,15 +95,13 @@ def dora(
       ConfigError: rank below 1, dropout outside [0, 1).
       TargetError (from init): nothing matched, or what matched is no kernel.
     """
-    low_rank.check("dora", rank, dropout)
+    low_rank.check("dora", rank, dropout, alpha)
     scale = low_rank.scale_of(alpha, rank, rslora)
 
     def new(key: Any, kernel: Any) -> dict[str, Any]:
         return {**low_rank.factors(key, kernel, rank), "m": column_norms(kernel)}
 
     def wrap(kernel: Any, arrays: dict[str, Any], ctx: Context) -> DoRA:
-        keys = low_rank.keys(ctx, kernel, dropout)
-        inner = low_rank.LowRank(kernel, arrays["a"], arrays["b"], keys, scale=scale, dropout=dropout)
-        return DoRA(inner, arrays["m"])
+        return DoRA(low_rank.beside(kernel, arrays["a"], arrays["b"], ctx, scale, dropout), arrays["m"])
 
     return methods.per_site("dora", targets, new, wrap, layers=layers, axes={**low_rank.AXES, "m": ("out",)})

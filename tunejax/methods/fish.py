@@ -4,7 +4,7 @@ arXiv:2111.09839).
     F_i = mean over samples of (d loss / d theta_i)^2 at the pretrained parameters        (equation 6 there)
 
 The samples are the batches of the first ``mask_steps`` updates: squares of batch gradients, where the paper squares
-those of single examples. While they are gathered the parameters stand still; then the mask is fixed and training
+those of single examples, and after ``train.max_grad_norm`` has cut them (null: not). While they are gathered the parameters stand still; then the mask is fixed and training
 begins.
 """
 
@@ -61,5 +61,12 @@ def fish(
 
     named = (targets,) if isinstance(targets, str) else tuple(targets)
     return methods.method(
-        "fish", init, bind, update=update, cuts=lambda depth: methods.layer_cuts(layers, depth), targets=named
+        "fish",
+        init,
+        bind,
+        update=update,
+        cuts=lambda depth: methods.layer_cuts(layers, depth),
+        targets=named,
+        updates=mask_steps + 1,
+        density=density,
     )

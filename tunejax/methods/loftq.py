@@ -47,7 +47,9 @@ def loftq(
       TargetError (from init): nothing matched, what matched is no plain kernel, or it has a side below ``rank``.
     """
     quantized.check("loftq", kind, block_size)
-    low_rank.check("loftq", rank, dropout)
+    low_rank.check("loftq", rank, dropout, alpha)
+    if alpha < 0:
+        raise errors.ConfigError(f"loftq: alpha is {alpha}; it must be above 0, for its root is part of the start")
     if iterations < 1:
         raise errors.ConfigError(f"loftq: iterations is {iterations}; it must be at least 1 (the paper takes 5)")
     scale = low_rank.scale_of(alpha, rank, False)
@@ -63,7 +65,7 @@ def loftq(
         return Start(edits=edits, train=train)
 
     def wrap(kernel: Any, arrays: dict[str, Any], ctx: Context) -> low_rank.LowRank:
-        return low_rank.LowRank(kernel, **arrays, key=low_rank.keys(ctx, kernel, dropout), scale=scale, dropout=dropout)
+        return low_rank.beside(kernel, arrays["a"], arrays["b"], ctx, scale, dropout)
 
     sited = methods.per_site("loftq", targets, lambda key, kernel: {}, wrap, axes=low_rank.AXES)
     return sited._replace(init=init)

@@ -69,7 +69,7 @@ def loha(
       ConfigError: rank below 1.
       TargetError (from init): nothing matched, or what matched is no kernel.
     """
-    low_rank.check("loha", rank, 0.0)
+    low_rank.check("loha", rank, 0.0, alpha)
 
     def new(key: Any, kernel: Any) -> dict[str, Any]:
         *lead, fan_in, fan_out = kernel.shape

@@ -99,7 +99,7 @@ def lokr(
       ConfigError: rank below 1, or a factor that is neither -1 nor positive.
       TargetError (from init): nothing matched, or what matched is no kernel.
     """
-    low_rank.check("lokr", rank, 0.0)
+    low_rank.check("lokr", rank, 0.0, alpha)
     return _method("lokr", targets, rank, alpha / rank, decompose_both, factor, layers)
 
 
@@ -114,6 +114,7 @@ def krona(
     Raises:
       ConfigError, TargetError: as `lokr`.
     """
+    low_rank.check("krona", 1, 0.0, alpha)
     return _method("krona", targets, None, alpha, False, factor, layers)
 
 

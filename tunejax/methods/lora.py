@@ -94,7 +94,7 @@ def _method(
     frozen: tuple[str, ...] = (),
     rates: dict[str, float] | None = None,
 ) -> Method:
-    low_rank.check(name, rank, dropout)
+    low_rank.check(name, rank, dropout, alpha)
     scale = low_rank.scale_of(alpha, rank, rslora)
 
     def new(key: Any, kernel: Any) -> Site:
@@ -104,7 +104,6 @@ def _method(
         )
 
     def wrap(kernel: Any, arrays: dict[str, Any], ctx: Context) -> low_rank.LowRank:
-        keys = low_rank.keys(ctx, kernel, dropout)
-        return low_rank.LowRank(kernel, arrays["a"], arrays["b"], keys, scale=scale, dropout=dropout)
+        return low_rank.beside(kernel, arrays["a"], arrays["b"], ctx, scale, dropout)
 
     return methods.per_site(name, targets, new, wrap, layers=layers, axes=low_rank.AXES, rates=rates)

@@ -74,6 +74,9 @@ def pissa(
       TargetError (from init): nothing matched, what matched is no kernel, or it has a side below ``rank``.
     """
 
+    if alpha < 0:
+        raise errors.ConfigError(f"pissa: alpha is {alpha}; it must be above 0, for its root is part of the start")
+
     def leading(kernel: jax.Array, scale: float) -> tuple[jax.Array, jax.Array]:
         u, s, vt = jnp.linalg.svd(kernel, full_matrices=False)
         root = jnp.sqrt(s[:rank] / scale)
@@ -116,7 +119,7 @@ def _method(
     layers: str | int | None,
 ) -> Method:
     """``leading``: (kernel [in, out] in float32, scale) -> A0 [in, rank], B0 [rank, out]."""
-    low_rank.check(name, rank, dropout)
+    low_rank.check(name, rank, dropout, alpha)
     scale = low_rank.scale_of(alpha, rank, rslora)
 
     def new(key: Any, kernel: Any) -> Site:
@@ -132,6 +135,6 @@ def _method(
         # The difference of two products of rank r is one of rank 2r.
         a = jnp.concatenate([arrays["a"], arrays["a0"]], axis=-1)
         b = jnp.concatenate([arrays["b"], -arrays["b0"]], axis=-2)
-        return low_rank.LowRank(kernel, a, b, low_rank.keys(ctx, kernel, dropout), scale=scale, dropout=dropout)
+        return low_rank.beside(kernel, a, b, ctx, scale, dropout)
 
     return methods.per_site(name, targets, new, wrap, layers=layers, axes=low_rank.AXES)

@@ -74,4 +74,6 @@ def lt_sft(
         penalty=penalty if l1 else None,
         cuts=lambda depth: methods.layer_cuts(layers, depth),
         targets=named,
+        updates=mask_steps + 1,
+        density=density,
     )

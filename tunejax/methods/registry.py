@@ -159,7 +159,16 @@ def scale_of(spec: Mapping[str, Any] | str) -> float:
 def resolved(spec: Mapping[str, Any] | str) -> tuple[str, dict[str, Any], ModuleType]:
     """(name, every argument with the defaults filled in, module) of one method's description. Raises as `build`."""
     name, factory, given, module = _called(spec)
-    return name, {**_defaults(factory), **given}, module
+    # A method among the arguments stays a description: two that were built never equal each other.
+    inner = {k: _description(given[k], spec[k]) for k in nested(factory) if isinstance(spec, Mapping) and k in spec}
+    return name, {**_defaults(factory), **given, **inner}, module
+
+
+def _description(built: Any, spec: Any) -> Any:
+    """(name, every argument) of each method of a description; of what was given as a method, that method."""
+    if isinstance(spec, Method):
+        return built
+    return [resolved(s)[:2] for s in ([spec] if isinstance(spec, Mapping | str) else spec)]
 
 
 def _defaults(factory: Callable[..., Any]) -> dict[str, Any]:

@@ -82,6 +82,6 @@ def vera(
         *lead, fan_in, fan_out = kernel.shape
         a = jnp.broadcast_to(arrays["a"][:fan_in], (*lead, fan_in, rank))
         b = arrays["scale_d"][..., :, None] * arrays["b"][:, :fan_out] * arrays["scale_b"][..., None, :]
-        return low_rank.LowRank(kernel, a, b, low_rank.keys(ctx, kernel, dropout), dropout=dropout)
+        return low_rank.beside(kernel, a, b, ctx, 1.0, dropout)
 
     return methods.per_site("vera", targets, new, wrap, shared=shared, layers=layers, axes={"scale_b": ("out",)})

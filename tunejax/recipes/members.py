@@ -149,10 +149,8 @@ class Together:
         batches = [next(x) for x in self._distinct]
         if len(batches) == 1:
             return batches[0]
-        length = max(b["tokens"].shape[1] for b in batches)
-        # Zeros behind a row are padding: segment 0, weight 0.
-        padded = [{k: np.pad(x, ((0, 0), (0, length - x.shape[1]))) for k, x in b.items()} for b in batches]
-        return {k: np.stack([padded[i][k] for i in self._which]) for k in padded[0]}
+        alike = {k: _padded([b[k] for b in batches]) for k in batches[0]}
+        return {k: np.stack([found[i] for i in self._which]) for k, found in alike.items()}
 
     def get_state(self) -> list[Any]:
         """Where each of them stands."""
@@ -162,3 +160,11 @@ class Together:
         """Goes on from there."""
         for x, s in zip(self._distinct, states, strict=True):
             x.set_state(s)
+
+
+def _padded(arrays: list[np.ndarray]) -> list[np.ndarray]:
+    """Arrays [rows, length, ...] at the greatest of their lengths. Zeros behind a row are padding: segment 0, weight 0."""
+    if arrays[0].ndim == 1:
+        return arrays
+    length = max(x.shape[1] for x in arrays)
+    return [np.pad(x, [(0, 0), (0, length - x.shape[1]), *[(0, 0)] * (x.ndim - 2)]) for x in arrays]

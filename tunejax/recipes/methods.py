@@ -4,7 +4,6 @@ import argparse
 import functools
 import inspect
 import re
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -97,17 +96,12 @@ def _row(name: str) -> Row:
     form = portable.form_of(module, name) or portable.prompt_of(module, name) or portable.whole_of(module, name)
     hub = portable.hub_of(module, name)
     counts = table.table(shapes, learning(method, start.train), start.edits)
-    mask = start.state.get("mask") if isinstance(start.state, Mapping) else None
-    share = counts.share
-    if mask:
-        density = parameters["density"].default if "density" in parameters else 1.0
-        share = density * sum(x.size for x in jax.tree.leaves(mask)) / counts.total
     return Row(
         name,
         CITATION.sub("", opening).partition(". ")[0].rstrip("."),
         ", ".join(parameters),
-        share,
-        mask is not None,
+        counts.share,
+        method.density is not None,
         _composes(method),
         form.peft_type if form is not None else None,
         hub.name if isinstance(hub, portable.Hub) else None,

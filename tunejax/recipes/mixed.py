@@ -1,7 +1,7 @@
 """`tunejax generate --adapters RUN RUN ...`: prompts of one batch, each answered by an adapter of its own."""
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -90,9 +90,30 @@ def main(args: argparse.Namespace, how: sampling.Sampling, prompts: list[str]) -
             f"{len(prompts)} prompts and {len(ids)} adapters for them: give --adapter-ids, a number for each prompt"
         )
     served = serve(merge.opened(args.adapters, [f"model.path={args.model}"] if args.model else None))
+    check_alike(served.runs, args)
     how = generate.filled(how, args, served.runs[0])
     for text, which, prompt in zip(texts(served, prompts, ids, how, args), ids, prompts, strict=True):
         print(f"> [{args.adapters[which]}] {prompt}\n{text}")
+
+
+FLAGS = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p")
+"""What a flag says for all rows of a batch; where none does, the runs must have one value."""
+
+
+def check_alike(runs: list[artefact.Tuned], args: argparse.Namespace) -> None:
+    """Raises ConfigError where the runs want to be run in other ways, of which one batch has one."""
+    wanted: dict[str, Callable[[artefact.Tuned], Any]] = {"model.dtype": lambda r: r.parts.config.model.dtype}
+    for name in FLAGS:
+        if getattr(args, name) is None:
+            wanted[f"generation.{name}"] = lambda r, name=name: getattr(r.parts.config.generation, name)
+    wanted["stop tokens"] = lambda r: samples.stop_tokens(r.parts)
+    for key, of in wanted.items():
+        found = [of(r) for r in runs]
+        if any(x != found[0] for x in found):
+            flag = key.removeprefix("generation.")
+            advice = f"give --{flag.replace('_', '-')}" if flag in FLAGS else "serve them apart"
+            values = ", ".join(map(str, found))
+            raise errors.ConfigError(f"the runs differ in {key} ({values}), of which a batch has one: {advice}")
 
 
 def texts(
@@ -113,5 +134,6 @@ def texts(
         served.model, params, *exact_match.left_padded(tokens, width), max_new_tokens=min(count, left), sampling=how,
         stop_tokens=stops, key=jax.random.key(args.seed),
     )  # fmt: skip
-    for row in np.asarray(new):
-        yield first.tokenizer.decode(completions.until_stop(row, stops), skip_special_tokens=True)
+    for i, row in zip(ids, np.asarray(new), strict=True):
+        tokenizer = served.runs[i].parts.tokenizer
+        yield tokenizer.decode(completions.until_stop(row, stops), skip_special_tokens=True)

@@ -47,13 +47,14 @@ def total_steps(config: schema.Config, steps_of: Callable[[float], int]) -> int:
 
 def cut_short(method: Method, total: int) -> str | None:
     """What is to be said where a run of ``total`` steps ends before the schedule of its method; None where not."""
-    late = {m.name: m.updates for m in method.parts or (method,) if m.updates > total}
-    if not late:
-        return None
-    ends = ", ".join(f"{name} ends at update {updates}" for name, updates in late.items())
-    return (
-        f"the run has {total} steps, and {ends} (begin + steps): its target is not reached; train longer or set fewer"
-    )
+    late = unfinished(method, total)
+    return f"the run has {total} steps, and {late}: its target is not reached; train longer or set fewer" if late else None
+
+
+def unfinished(method: Method, step: int) -> str:
+    """Which schedules of a method go on after ``step``, and until when; empty where none does."""
+    late = {m.name: m.updates for m in method.parts or (method,) if m.updates > step}
+    return ", ".join(f"{name} ends at update {updates}" for name, updates in late.items())
 
 
 def optimizer(config: schema.Config, total_steps: int, learning_rate: Any = None) -> optimizers.Optimizer:

@@ -160,6 +160,9 @@ def through(ready: Ready, begun: Begun) -> tuple[loop.Result, state.TrainState, 
     final, at = result.state, result.step
     if settings.keeps_best(config) and result.best_step not in (None, at):
         final, at = saved.restore(final, result.best_step).state, int(result.best_step)
+        late = settings.unfinished(begun.kept.tuned.method, at)
+        if late and jax.process_index() == 0:
+            print(f"the best checkpoint, which is kept, is of step {at}, and {late}: its target is not reached there")
     saved.close()
     return result, final, at
 
