@@ -5,6 +5,7 @@ from tiny import hole, shift
 
 from tunejax.core import method as methods
 from tunejax.core import table
+from tunejax.methods import registry
 
 PARAMS = 31 * 16 * 2 + 16 + 3 * (2 * 16 + 2 * 16 * 16 + 2 * 16 * 8 + 3 * 16 * 24)
 
@@ -33,3 +34,17 @@ def test_trained_share():
 def test_what_lies_at_no_path_is_other():
     t = table.table({"a": {"w": jnp.zeros(3)}}, {"extra": jnp.zeros(2)})
     assert [tuple(r) for r in t.rows] == [("a", 3, 0), ("other", 0, 2)]
+
+
+def test_of_a_masked_difference_what_the_mask_lets_through_counts():
+    """Nothing is added to the model, whatever arrays the difference is made of."""
+    p = tiny.params()
+    size = 3 * 16 * 24 * 2  # mlp/up and mlp/gate
+    for spec in ({"name": "fish"}, {"name": "lt_sft", "mask_steps": 1}, {"name": "diff_pruning", "mask_steps": 1}):
+        masked = {**spec, "targets": "mlp/{up,gate}/kernel", "density": 0.25}
+        made = registry.build([masked, {"name": "full", "targets": "/norm/scale"}])
+        start = jax.eval_shape(made.init, jax.random.key(0), p)
+        t = table.table(p, methods.learning(made, start.train), start.edits)
+        assert (t.trained, t.added) == (size // 4 + 16, 0)
+        assert t.share == (size // 4 + 16) / PARAMS
+        assert {r.module: r.trained for r in t.rows}["layers/mlp/up"] == size // 8

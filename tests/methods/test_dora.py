@@ -1,5 +1,6 @@
 """DoRA against HF PEFT, and its column norms against numpy."""
 
+import dataclasses
 import functools
 
 import jax
@@ -52,3 +53,16 @@ def test_a_bias_that_a_method_before_scales_stays_scaled():
     expected = (x @ w + bias) * scales
     np.testing.assert_allclose(bound["kernel"](jnp.asarray(x), bound["bias"]), expected, atol=1e-5)
     np.testing.assert_allclose(x @ merged["kernel"] + merged["bias"], expected, atol=1e-5)
+
+
+def test_a_column_of_zeros_stays_one():
+    """A kernel that was pruned: the start is the identity, and nothing that comes of it is no number."""
+    w = np.random.default_rng(0).standard_normal((4, 3)).astype(np.float32)
+    w[:, 1] = 0
+    inner = low_rank.LowRank(jnp.asarray(w), jnp.ones((4, 1)), jnp.zeros((1, 3)))
+    op = dora.DoRA(inner, dora.column_norms(w))
+    x = jnp.ones((2, 4))
+    np.testing.assert_allclose(op(x), x @ w, atol=1e-6)
+    np.testing.assert_allclose(op.dense(), w, atol=1e-6)
+    grads = jax.grad(lambda b: jnp.sum(dora.DoRA(dataclasses.replace(inner, b=b), op.m)(x)))(inner.b)
+    assert np.isfinite(grads).all()

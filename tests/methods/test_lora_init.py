@@ -1,6 +1,7 @@
 """PiSSA and OLoRA against HF PEFT: the same start, the same function of what trains, the same gradients."""
 
 import functools
+import math
 
 import jax
 import numpy as np
@@ -90,3 +91,14 @@ def test_a_kernel_that_has_no_values_is_named(name):
     method = registry.build([{"name": "pfeiffer", "width": 4}, second])
     with pytest.raises(errors.TargetError, match=f"{name} .* of layers/0/mlp/down/kernel, .*; put {name} first"):
         jax.eval_shape(method.init, jax.random.key(0), tiny.params())
+
+
+@pytest.mark.parametrize("name", ["lora", "dora", "pissa", "olora", "loftq", "adalora", "loha", "lokr", "krona"])
+def test_alpha_is_a_number_other_than_zero(name):
+    more = {"total_steps": 9} if name == "adalora" else {}
+    for alpha in (0, math.inf, math.nan):
+        with pytest.raises(errors.ConfigError, match=f"{name}: alpha is .*it must be a number other than 0"):
+            registry.build({"name": name, "alpha": alpha, **more})
+    if name in ("pissa", "loftq"):
+        with pytest.raises(errors.ConfigError, match=f"{name}: alpha is -1.*it must be above 0"):
+            registry.build({"name": name, "alpha": -1})

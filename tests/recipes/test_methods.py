@@ -43,15 +43,14 @@ from tunejax.core import method, paths
 def masked():
     def init(key, params):
         kernels = paths.select(params, "attention/q/kernel").leaves
-        train, mask = ({p: jnp.zeros(k.shape, t) for p, k in kernels.items()} for t in ("float32", "bool"))
-        return method.Start(train=train, state={"mask": mask})
-    return method.method("masked", init, lambda params, train, state, ctx: params)
+        return method.Start(train={p: jnp.zeros(k.shape) for p, k in kernels.items()})
+    return method.method("masked", init, lambda params, train, state, ctx: params, density=0.25)
 """
 
 
-def test_a_mask_without_a_density_is_counted_whole(tmp_path, monkeypatch):
+def test_of_a_masked_difference_its_density_is_counted(tmp_path, monkeypatch):
     (tmp_path / "masked.py").write_text(MASKED)
     monkeypatch.setitem(registry.NAMES, "masked", f"{tmp_path / 'masked.py'}:masked")
     row = methods._row("masked")
     assert row.masked
-    assert row.share == pytest.approx(32 * 4096**2 / 6_738_415_616)
+    assert row.share == pytest.approx(0.25 * 32 * 4096**2 / 6_738_415_616)

@@ -1,5 +1,6 @@
 """`tunejax generate --adapters`: each prompt is answered as its run alone would answer it."""
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -107,3 +108,24 @@ def test_mistakes_are_told(runs, args, message, monkeypatch, capsys):
     monkeypatch.chdir(runs)
     assert cli.main(["generate", *args]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_runs_that_want_to_be_run_in_other_ways_share_no_batch(runs, tmp_path, capsys):
+    """A number that a flag could have given is asked for."""
+    other = str(tmp_path / "other")
+    shutil.copytree(runs / "another", other)
+    config = yaml.safe_load((tmp_path / "other/config.yaml").read_text())
+    config["generation"]["max_new_tokens"] = 2
+    (tmp_path / "other/config.yaml").write_text(yaml.safe_dump(config))
+    command = ["generate", "--adapters", str(runs / "adapter"), other, "--prompt", "the", "--prompt", "a"]
+    assert cli.main(command) == 2
+    assert "differ in generation.max_new_tokens (4, 2), of which a batch has one: give --max-new-tokens" in (
+        capsys.readouterr().err
+    )
+    assert cli.main([*command, "--max-new-tokens", "2"]) == 0
+    config["model"]["dtype"] = "bfloat16"
+    (tmp_path / "other/config.yaml").write_text(yaml.safe_dump(config))
+    assert cli.main([*command, "--max-new-tokens", "2"]) == 2
+    assert "differ in model.dtype (float32, bfloat16), of which a batch has one: serve them apart" in (
+        capsys.readouterr().err
+    )

@@ -38,7 +38,7 @@ class LowRank(operators.Added):
     """base(x) + scale · (dropout(x) a) b.
 
     base: kernel [..., in, out], or an operator that stands for one. a [..., in, rank]; b [..., rank, out].
-    key: [...] PRNG keys of the dropout, one a layer, or None where there is none. apart: no kernel is added to the base.
+    key: [...] PRNG keys of the dropout, one a layer, or None where there is none. apart: never as one with the base.
     """
 
     base: Any

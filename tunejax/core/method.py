@@ -24,7 +24,7 @@ class Context(NamedTuple):
     params: within `Method.update`, () -> the parameters that the whole chain binds after this step; elsewhere None.
       Nothing is computed that is not asked for. loss: float32 scalar, the batch's mean, likewise in `Method.update`.
     turn: int32 scalar, how many micro-batches came before this one.
-    rows: each row of a batch is bound to arrays of its own, so that whatever is as large as a kernel is made once a row.
+    rows: each row of a batch is bound to arrays of its own, so that what is as large as a kernel is made for each.
     """
 
     step: Any = 0
@@ -74,7 +74,7 @@ class Method(NamedTuple):
              or a prompt puts in front, or where a template has them. `chain` adds them up, the first method's first.
     prefix:  how many positions it takes before the first token within attention alone; the model counts them itself.
     updates: how many updates its schedule takes to end; 0 where it has none. A run of fewer leaves it on the way.
-    density: where what trains are differences from the base by path: the part of their entries that a mask lets through.
+    density: where what trains are differences from the base by path: the part of them that a mask lets through.
     """
 
     name: str

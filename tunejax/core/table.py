@@ -19,7 +19,7 @@ class Row(NamedTuple):
 class Entries(NamedTuple):
     """So many of a model leaf's own entries, where what trains is a difference from them and a mask says of which."""
 
-    count: float
+    number: float
 
 
 class Table(NamedTuple):
@@ -79,7 +79,7 @@ def module(path: paths.Path) -> str:
 def _trained(train: Any, flat: Mapping[paths.Path, Any], at: paths.Path = "") -> list[tuple[paths.Path, float, bool]]:
     """(path or "", how many, whether they are the model's own) of each leaf of ``train``."""
     if isinstance(train, Entries):
-        return [(at, train.count, True)]
+        return [(at, train.number, True)]
     if isinstance(train, Mapping):
         return [found for k, v in train.items() for found in _trained(v, flat, k if k in flat else at)]
     leaves = [x for x in jax.tree.leaves(train) if operators.is_array(x)]

@@ -4,8 +4,8 @@ arXiv:2111.09839).
     F_i = mean over samples of (d loss / d theta_i)^2 at the pretrained parameters        (equation 6 there)
 
 The samples are the batches of the first ``mask_steps`` updates: squares of batch gradients, where the paper squares
-those of single examples, and after ``train.max_grad_norm`` has cut them (null: not). While they are gathered the parameters stand still; then the mask is fixed and training
-begins.
+those of single examples, and after `train.max_grad_norm` has cut them (null: never). While they are gathered the
+parameters stand still; then the mask is fixed and training begins.
 """
 
 from typing import Any

@@ -163,8 +163,9 @@ class Together:
 
 
 def _padded(arrays: list[np.ndarray]) -> list[np.ndarray]:
-    """Arrays [rows, length, ...] at the greatest of their lengths. Zeros behind a row are padding: segment 0, weight 0."""
+    """Arrays [rows, length, ...] at the greatest of their lengths; [rows] as they are."""
     if arrays[0].ndim == 1:
         return arrays
     length = max(x.shape[1] for x in arrays)
+    # Zeros behind a row are padding: segment 0, weight 0.
     return [np.pad(x, [(0, 0), (0, length - x.shape[1]), *[(0, 0)] * (x.ndim - 2)]) for x in arrays]

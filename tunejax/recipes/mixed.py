@@ -1,6 +1,7 @@
 """`tunejax generate --adapters RUN RUN ...`: prompts of one batch, each answered by an adapter of its own."""
 
 import argparse
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -105,7 +106,7 @@ def check_alike(runs: list[artefact.Tuned], args: argparse.Namespace) -> None:
     wanted: dict[str, Callable[[artefact.Tuned], Any]] = {"model.dtype": lambda r: r.parts.config.model.dtype}
     for name in FLAGS:
         if getattr(args, name) is None:
-            wanted[f"generation.{name}"] = lambda r, name=name: getattr(r.parts.config.generation, name)
+            wanted[f"generation.{name}"] = functools.partial(_generation, name)
     wanted["stop tokens"] = lambda r: samples.stop_tokens(r.parts)
     for key, of in wanted.items():
         found = [of(r) for r in runs]
@@ -114,6 +115,10 @@ def check_alike(runs: list[artefact.Tuned], args: argparse.Namespace) -> None:
             advice = f"give --{flag.replace('_', '-')}" if flag in FLAGS else "serve them apart"
             values = ", ".join(map(str, found))
             raise errors.ConfigError(f"the runs differ in {key} ({values}), of which a batch has one: {advice}")
+
+
+def _generation(name: str, run: artefact.Tuned) -> Any:
+    return getattr(run.parts.config.generation, name)
 
 
 def texts(

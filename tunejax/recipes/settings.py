@@ -48,7 +48,8 @@ def total_steps(config: schema.Config, steps_of: Callable[[float], int]) -> int:
 def cut_short(method: Method, total: int) -> str | None:
     """What is to be said where a run of ``total`` steps ends before the schedule of its method; None where not."""
     late = unfinished(method, total)
-    return f"the run has {total} steps, and {late}: its target is not reached; train longer or set fewer" if late else None
+    advice = "its target is not reached; train longer or set fewer"
+    return f"the run has {total} steps, and {late}: {advice}" if late else None
 
 
 def unfinished(method: Method, step: int) -> str:
