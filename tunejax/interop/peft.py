@@ -87,6 +87,7 @@ def write(folder: Path, tuned: Tuned, config: ModelConfig, *, head: str, base_na
     starts = paths.starts(tuned.method.cuts(config.num_layers))
     world = World(config, head, tuned.base, starts, modules.places(config, head))
     adapters, prompts, whole, slots = _parts(tuned, config)
+    _check_biases(whole, world)
     if len(prompts) > 1 or (prompts and adapters):
         other = adapters[0].name if adapters else "another prompt"
         raise errors.ConfigError(f"PEFT keeps one kind of adapter in a folder; here is a prompt and {other}")
@@ -120,6 +121,16 @@ def write(folder: Path, tuned: Tuned, config: ModelConfig, *, head: str, base_na
     with tensors.whole_folder(folder) as new:
         tensors.write_arrays(new / WEIGHTS, arrays | saved)
         tensors.write_json(new / CONFIG, settings)
+
+
+def _check_biases(whole: Mapping[str, Any], world: World) -> None:
+    """Raises ConfigError on biases that the base lacks: PEFT drops, without a word, what its model has no place for."""
+    missing = modules.missing_biases(world.config, world.head)
+    added = [p for p in whole if modules.canonical(p, world.starts)[0] in missing]
+    if added:
+        raise errors.ConfigError(
+            f"{added[0]} trains, and the base has no such bias: PEFT has no place for it. Export with --format hf"
+        )
 
 
 class _Part(NamedTuple):
