@@ -85,7 +85,7 @@ def change_tensors(folder, how):
     """Puts what ``how`` makes of a folder's tensors in their place."""
     file = folder / ours.WEIGHTS
     changed = how(safetensors.load_file(file))
-    safetensors.save_file({k: np.ascontiguousarray(x) for k, x in changed.items()}, file)
+    safetensors.save_file({k: np.array(x, order="C") for k, x in changed.items()}, file)
 
 
 @functools.cache

@@ -24,8 +24,8 @@ from tunejax.models.config import ModelConfig
 WEIGHTS, PREFIX = "adapter_model.safetensors", "base_model.model."
 SHARED_PREFIX = "base_model."
 """Of tensors that belong to no module of the base, and of all beside a prompt."""
-BASE_BIAS = ".base_layer.bias"
-"""The end of the name of an adapted module's own bias."""
+BASE = ".base_layer."
+"""In names of an adapted module's own parameters."""
 TASKS = {"lm": "CAUSAL_LM", "classification": "SEQ_CLS"}
 HEADS = {"classification": ("/classifier/*", "/head/kernel")}
 """What PEFT saves with every adapter for that task, trained or not."""
@@ -105,7 +105,7 @@ def write(folder: Path, tuned: Tuned, config: ModelConfig, *, head: str, base_na
         )
     adapted = {m for part in adapters for m in settings["target_modules"] if part.form.biases}
     saved, kept = _modules(whole, world, SHARED_PREFIX if prompts else PREFIX, adapted)
-    if any(k.endswith(BASE_BIAS) for k in saved):
+    if any(k.endswith(f"{BASE}bias") for k in saved):
         settings["bias"] = adapters[0].form.biases
     both = [m for m in kept if any(k.startswith(f"{PREFIX}{m}.") for k in arrays)]
     if both:
@@ -208,7 +208,8 @@ def _adapter(parts: list[_Part], world: World) -> tuple[dict[str, np.ndarray], d
     if first.shared and form.write_shared is not None:
         tensors.update({SHARED_PREFIX + k: x for k, x in form.write_shared(first.shared).items()})
     settings = {theirs: first.arguments[k] for k, theirs in form.entries.items()}
-    settings |= {"peft_type": form.peft_type, "target_modules": list(targeted), **form.flags, **patterns}
+    flags = {k: v[0] if isinstance(v, tuple) else v for k, v in form.flags.items()}
+    settings |= {"peft_type": form.peft_type, "target_modules": list(targeted), **flags, **patterns}
     settings |= form.settings(targeted)
     return tensors, settings | ({"fan_in_fan_out": True} if plain == {True} else {})
 
@@ -307,7 +308,7 @@ def _modules(
                 f"PEFT saves whole modules: {module}, of which something trains, holds {within}; leave it out"
             )
     kept = {k: _joined(x) for k, x in values.items() if k.rpartition(".")[0] in wanted}
-    kept |= {k.removesuffix(".bias") + BASE_BIAS: _joined(values[k]) for k in biases}
+    kept |= {f"{k.removesuffix('.bias')}{BASE}bias": _joined(values[k]) for k in biases}
     tied = modules.tied_head(world.config, world.head)
     if peft_prompts.TABLE in whole and tied is not None:  # what PEFT saves whole no longer shares its weights
         kept[f"{tied}.weight"] = np.asarray(whole[peft_prompts.TABLE])

@@ -25,7 +25,7 @@ PEFT = portable.Form(
     write=lambda arrays: {"hra_u": arrays["u"]},
     read=lambda tensors, _: {"u": tensors["hra_u"]},
     entries={"rank": "r"},
-    flags={"apply_GS": False},
+    flags={"apply_GS": (False, None)},
     biases="hra_only",
     plain=False,
 )

@@ -41,7 +41,7 @@ PEFT = {
             "terms": "num_cayley_neumann_terms",
         },
         plain=False,
-        ignored=frozenset({"r", "eps"}),
+        ignored=frozenset({"r", "eps", "module_dropout"}),
         biases="oft_only",
         # PEFT shrinks a block that does not divide a module's input: what counts is what it kept.
         found=lambda arrays: {"block_size": (1 + math.isqrt(1 + 8 * arrays["skew"].shape[-1])) // 2},
@@ -54,7 +54,7 @@ PEFT = {
         read=lambda tensors, _: {"r": tensors["boft_R"], "s": tensors["boft_s"][:, 0]},
         entries={"block_size": "boft_block_size", "factors": "boft_n_butterfly_factor"},
         plain=False,
-        ignored=frozenset({"boft_block_num"}),
+        ignored=frozenset({"boft_block_num", "boft_dropout"}),
         biases="boft_only",
         found=lambda arrays: {"block_size": arrays["r"].shape[-1], "factors": arrays["r"].shape[0]},
     ),
