@@ -1,11 +1,12 @@
 """Chains of methods in one folder of HF PEFT: what goes there together, and what its model has no place for."""
 
+import numpy as np
 import pytest
 
 from tunejax.core import errors
 
 pytest.importorskip("peft")
-import peft_side
+peft_side = pytest.importorskip("peft_side")
 
 BASES = ("llama", "qwen3", "bert", "gpt2")
 
@@ -29,3 +30,40 @@ def test_a_bias_that_the_base_lacks_is_refused(bases, family, targets, tmp_path)
     """Beside an adapter of its module, and of a module that has none: PEFT drops both without a word."""
     specs = [{"name": "lora", "rank": 2, "targets": targets}, {"name": "bitfit", "targets": "attention/q/bias"}]
     refused(bases[family], specs, tmp_path / "a", r"q/bias trains, and the base has no such bias.*--format hf")
+
+
+TOGETHER = {
+    "norms of two parts": [{"name": "norm_tuning", "layers": ":1"}, {"name": "norm_tuning", "layers": "2:"}],
+    "two rates of dropout": [
+        {"name": "lora", "rank": 2, "dropout": 0.1, "targets": "mlp/up/kernel"},
+        {"name": "lora", "rank": 2, "targets": "mlp/down/kernel"},
+    ],
+}
+
+
+@pytest.mark.filterwarnings("ignore:Unsupported layer type")
+@pytest.mark.parametrize("kind", TOGETHER)
+def test_parts_of_one_kind_go_together(bases, kind, tmp_path):
+    found, mine = peft_side.tuned(bases["llama"], TOGETHER[kind])
+    np.testing.assert_allclose(peft_side.write(tmp_path / "a", bases["llama"], found), mine, atol=1e-5, rtol=1e-5)
+    logits, _, again = peft_side.read(tmp_path / "a", bases["llama"])
+    np.testing.assert_allclose(logits, mine, atol=1e-5, rtol=1e-5)
+    np.testing.assert_allclose(peft_side.write(tmp_path / "b", bases["llama"], again), mine, atol=1e-5, rtol=1e-5)
+
+
+APART = {
+    "n_frequency": ("fourierft", 4, 5),
+    "block_size": ("oft", 4, 2),
+    "factors": ("boft", 1, 2),
+}
+"""Argument that PEFT has once a folder -> (method, two values)."""
+
+
+@pytest.mark.parametrize("argument", APART)
+def test_the_argument_that_keeps_two_apart_is_named(bases, argument, tmp_path):
+    name, one, other = APART[argument]
+    specs = [
+        {"name": name, argument: one, "targets": "attention/q/kernel"},
+        {"name": name, argument: other, "targets": "attention/v/kernel"},
+    ]
+    refused(bases["llama"], specs, tmp_path / "a", f"one {argument} in a folder; here are {name} with {one} and")

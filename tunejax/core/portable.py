@@ -27,8 +27,8 @@ class Form(NamedTuple):
     entries:   argument -> its entry in adapter_config.json; an argument without one is not written, and must be equal
                in all that one folder holds.
     absent:    argument -> what PEFT takes where its entry is not there, if that is not the method's own default.
-    flags:     entries that set it apart from others of its type; a tuple lists values of which any will do, the first is
-               the one that is written, None is an entry that is not there.
+    flags:     entries that set it apart from others of its type; a tuple lists values of which any will do; the first
+               is the one that is written, and None an entry that is not there.
     patterns:  whether PEFT lets rank and alpha differ from module to module.
     biases:    the entry ``bias`` where biases of its modules train beside it; "": the type has no such entry.
     plain:     whether PEFT has it for modules that keep kernels as [in, out] (GPT-2's).

@@ -33,6 +33,10 @@ PATTERNS = {"rank": "rank_pattern", "alpha": "alpha_pattern"}
 """Arguments that may differ from module to module, and where PEFT keeps the exceptions."""
 
 
+FREE = ("targets", "layers", "dropout")
+"""Arguments that may differ between adapters of one kind: where they are, and what acts while training only."""
+
+
 class Tuned(NamedTuple):
     """What is written. specs: of the methods, as in a config; the rest as of `recipes.artefact.Tuned`."""
 
@@ -96,8 +100,8 @@ def write(folder: Path, tuned: Tuned, config: ModelConfig, *, head: str, base_na
     if prompts or adapters:
         arrays, settings = prompts[0] if prompts else _adapter(adapters, world)
     else:
-        form, values = slots[0]
-        arrays, settings = _slotted(form, values, world)
+        values = {p: x for _, own in slots for p, x in own.items()}
+        arrays, settings = _slotted(slots[0][0], values, world)
         whole = {p: x for p, x in whole.items() if p not in values}
     if prompts and peft_prompts.looks_up(settings) and peft_prompts.TABLE in whole:
         raise errors.ConfigError(
@@ -168,7 +172,7 @@ def _parts(tuned: Tuned, config: ModelConfig) -> tuple[list[_Part], list[peft_pr
             slots += [(own, train)] if own is not None else []
         else:
             raise errors.ConfigError(f"PEFT has no method {name!r}. Export with --format hf where it merges")
-    if not adapters and not prompts and len(slots) != 1:
+    if not adapters and not prompts and len({form for form, _ in slots}) != 1:
         raise errors.ConfigError(f"{tuned.method.name} has no adapter that PEFT knows; export with --format hf")
     return adapters, prompts, whole, slots
 
@@ -178,15 +182,20 @@ def _adapter(parts: list[_Part], world: World) -> tuple[dict[str, np.ndarray], d
     first = parts[0]
     form = first.form
     patterned = {k: p for k, p in PATTERNS.items() if form.patterns and k in form.entries}
-    fixed = {k: v for k, v in first.arguments.items() if k not in (*patterned, "targets", "layers")}
+    fixed = {k: v for k, v in first.arguments.items() if k not in (*patterned, *FREE)}
     tensors: dict[str, np.ndarray] = {}
     patterns: dict[str, dict[str, Any]] = {}
     targeted: dict[str, portable.Arrays] = {}
     plain = set()
     for part in parts:
-        if part.form is not form or any(part.arguments.get(k, v) != v for k, v in fixed.items()):
+        if part.form is not form:
             raise errors.ConfigError(
                 f"PEFT keeps one kind of adapter in a folder; here are {first.name} and {part.name}"
+            )
+        if apart := next((k for k, v in fixed.items() if part.arguments.get(k, v) != v), None):
+            raise errors.ConfigError(
+                f"PEFT keeps one {apart} in a folder; here are {first.name} with {fixed[apart]!r} and {part.name} with "
+                f"{part.arguments[apart]!r}. Export with --format hf"
             )
         if not _equal(part.shared, first.shared):
             raise errors.ConfigError(f"PEFT keeps one set of what all sites share; the {len(parts)} parts differ in it")
