@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 
 from tunejax.core import errors
+from tunejax.interop import hf
+from tunejax.interop import peft as ours
 
 pytest.importorskip("peft")
 peft_side = pytest.importorskip("peft_side")
@@ -67,3 +69,23 @@ def test_the_argument_that_keeps_two_apart_is_named(bases, argument, tmp_path):
         {"name": name, argument: other, "targets": "attention/v/kernel"},
     ]
     refused(bases["llama"], specs, tmp_path / "a", f"one {argument} in a folder; here are {name} with {one} and")
+
+
+NOTED = {
+    "prefix": ("bert", {"name": "prefix_tuning", "length": 3}, "forward() names past_key_values"),
+    "butterflies": ("llama", {"name": "boft", "factors": 2, "targets": "mlp/up/kernel"}, "CUDA extension"),
+    "prompt": ("bert", {"name": "prompt_tuning", "length": 3}, ""),
+    "blocks": ("llama", {"name": "boft", "targets": "mlp/up/kernel"}, ""),
+}
+"""What is exported -> (base, method, what is said of it)."""
+
+
+@pytest.mark.parametrize("kind", NOTED)
+def test_what_peft_may_not_run_is_told(bases, kind, tmp_path, capsys):
+    name, spec, said = NOTED[kind]
+    folder, head = bases[name]
+    found, _ = peft_side.tuned(bases[name], [spec])
+    ours.write(tmp_path / "a", found, hf.read_config(folder), head=head, base_name="b")
+    out = capsys.readouterr().out
+    assert said in out
+    assert ("note:" in out) == bool(said)

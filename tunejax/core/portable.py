@@ -40,6 +40,7 @@ class Form(NamedTuple):
     fuse:      (arrays of each part or None, output widths, arguments) -> (arrays, changed arguments) of the one kernel
                that a checkpoint keeps for several (GPT-2's c_attn), or None where the method has no such form.
     split:     (arrays, index of the part, number of parts) -> arrays of that part.
+    note:      (arguments) -> what to know before PEFT reads it, or "".
     """
 
     peft_type: str
@@ -59,6 +60,7 @@ class Form(NamedTuple):
     read_shared: Callable[[Arrays], dict[str, np.ndarray]] | None = None
     fuse: Callable[[Sequence[Arrays | None], Sequence[int], Arguments], tuple[Arrays, dict]] | None = None
     split: Callable[[Arrays, int, int], Arrays] | None = None
+    note: Callable[[Arguments], str] = lambda arguments: ""
 
 
 class Prompt(NamedTuple):

@@ -125,6 +125,18 @@ def write(folder: Path, tuned: Tuned, config: ModelConfig, *, head: str, base_na
     with tensors.whole_folder(folder) as new:
         tensors.write_arrays(new / WEIGHTS, arrays | saved)
         tensors.write_json(new / CONFIG, settings)
+    for note in filter(None, [*(part.form.note(part.arguments) for part in adapters), _prefix_note(settings)]):
+        print(f"note: {note}")
+
+
+def _prefix_note(settings: Mapping[str, Any]) -> str:
+    """What to know of a prefix before a classifier."""
+    if (settings["peft_type"], settings["task_type"]) != ("PREFIX_TUNING", TASKS["classification"]):
+        return ""
+    return (
+        "PEFT runs a prefix before a classifier only where the model's forward() names past_key_values; those of "
+        "transformers 5 do not"
+    )
 
 
 def _check_biases(whole: Mapping[str, Any], world: World) -> None:

@@ -29,6 +29,8 @@ ALIASES = {
 }
 """What PEFT calls it -> what it is here."""
 
+_CUDA = "PEFT loads a boft of several factors only where it can build its CUDA extension (a GPU, CUDA_HOME, ninja)"
+
 PEFT = {
     "oft": portable.Form(
         "OFT",
@@ -57,6 +59,7 @@ PEFT = {
         ignored=frozenset({"boft_block_num", "boft_dropout"}),
         biases="boft_only",
         found=lambda arrays: {"block_size": arrays["r"].shape[-1], "factors": arrays["r"].shape[0]},
+        note=lambda arguments: _CUDA if arguments["factors"] > 1 else "",
     ),
 }
 
