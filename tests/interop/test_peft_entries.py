@@ -60,14 +60,16 @@ def test_a_kind_without_its_variant_is_not_offered_itself(bases, tmp_path):
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
 @pytest.mark.parametrize("factor", [1.0, 1.5])
 def test_a_kernel_that_is_saved_under_its_adapter_is_read(bases, factor, tmp_path):
-    """PEFT saves the head's own where that is adapted, and puts it in the base that it loads."""
+    """PEFT saves the head's own where that is adapted, and loads it into the base; it is written here too."""
     options = {"r": 2, "target_modules": ["q_proj", "lm_head"]}
     peft_side.their_adapter(bases["llama"], "LoraConfig", **options).save_pretrained(tmp_path)
     own = f"{ours.PREFIX}lm_head.base_layer.weight"
     peft_side.change_tensors(tmp_path, lambda t: {**t, own: factor * t[own]})
     theirs = peft.PeftModel.from_pretrained(peft_side.their_model(bases["llama"][0]), tmp_path).eval()
-    logits = peft_side.read(tmp_path, bases["llama"])[0]
+    logits, _, found = peft_side.read(tmp_path, bases["llama"])
     np.testing.assert_allclose(logits, peft_side.their_logits(theirs), atol=1e-5, rtol=1e-5)
+    again = peft_side.write(tmp_path / "again", bases["llama"], found)
+    np.testing.assert_allclose(again, logits, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore:Model with `tie_word_embeddings=True`")

@@ -26,6 +26,8 @@ SHARED_PREFIX = "base_model."
 """Of tensors that belong to no module of the base, and of all beside a prompt."""
 BASE = ".base_layer."
 """In names of an adapted module's own parameters."""
+RESAVED = ("lm_head",)
+"""Modules whose own weights PEFT saves under their adapter, and so keeps when such a folder is saved again."""
 TASKS = {"lm": "CAUSAL_LM", "classification": "SEQ_CLS"}
 HEADS = {"classification": ("/classifier/*", "/head/kernel")}
 """What PEFT saves with every adapter for that task, trained or not."""
@@ -48,13 +50,17 @@ class Tuned(NamedTuple):
 
 
 class World(NamedTuple):
-    """The model that an adapter is written for. starts: first layer of each segment of ``base``."""
+    """The model that an adapter is written for.
+
+    starts: first layer of each segment of ``base``. under: kernels that train and are adapted too, by path.
+    """
 
     config: ModelConfig
     head: str
     base: Params
     starts: dict[str, int]
     places: Mapping[Site, Place]
+    under: Mapping[str, Any] = {}
 
 
 class Link(NamedTuple):
@@ -92,6 +98,8 @@ def write(folder: Path, tuned: Tuned, config: ModelConfig, *, head: str, base_na
     world = World(config, head, tuned.base, starts, modules.places(config, head))
     adapters, prompts, whole, slots = _parts(tuned, config)
     _check_biases(whole, world)
+    world = world._replace(under=_under(adapters, whole, world))
+    whole = {p: x for p, x in whole.items() if p not in world.under}
     if len(prompts) > 1 or (prompts and adapters):
         other = adapters[0].name if adapters else "another prompt"
         raise errors.ConfigError(f"PEFT keeps one kind of adapter in a folder; here is a prompt and {other}")
@@ -125,7 +133,7 @@ def write(folder: Path, tuned: Tuned, config: ModelConfig, *, head: str, base_na
     with tensors.whole_folder(folder) as new:
         tensors.write_arrays(new / WEIGHTS, arrays | saved)
         tensors.write_json(new / CONFIG, settings)
-    for note in filter(None, [*(part.form.note(part.arguments) for part in adapters), _prefix_note(settings)]):
+    for note in filter(None, dict.fromkeys([*(p.form.note(p.arguments) for p in adapters), _prefix_note(settings)])):
         print(f"note: {note}")
 
 
@@ -189,6 +197,12 @@ def _parts(tuned: Tuned, config: ModelConfig) -> tuple[list[_Part], list[peft_pr
     return adapters, prompts, whole, slots
 
 
+def _under(parts: list[_Part], whole: Mapping[str, Any], world: World) -> dict[str, Any]:
+    """What trains whole under an adapter, by path, where PEFT would save it so too."""
+    found = {p: world.places.get(Site(p, modules.OUTSIDE)) for part in parts for p in part.sites if p in whole}
+    return {p: whole[p] for p, place in found.items() if place is not None and place.module in RESAVED}
+
+
 def _adapter(parts: list[_Part], world: World) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """(tensors by key, settings) of adapters of one kind; their ranks and alphas may differ."""
     first = parts[0]
@@ -228,6 +242,9 @@ def _adapter(parts: list[_Part], world: World) -> tuple[dict[str, np.ndarray], d
         raise errors.ConfigError(f"PEFT has no {first.name} for this model's modules, which keep kernels as [in, out]")
     if first.shared and form.write_shared is not None:
         tensors.update({SHARED_PREFIX + k: x for k, x in form.write_shared(first.shared).items()})
+    for path, x in world.under.items():
+        place = world.places[Site(path, modules.OUTSIDE)]
+        tensors[f"{PREFIX}{place.module}{BASE}{place.name}"] = np.asarray(x.T if place.transpose else x)
     settings = {theirs: first.arguments[k] for k, theirs in form.entries.items()}
     flags = {k: v[0] if isinstance(v, tuple) else v for k, v in form.flags.items()}
     settings |= {"peft_type": form.peft_type, "target_modules": list(targeted), **flags, **patterns}
@@ -256,7 +273,7 @@ def _grouped(part: _Part, world: World) -> dict[str, list[_Layer]]:
     out: dict[str, list[_Layer]] = {}
     for path, arrays in part.sites.items():
         ours, first = modules.canonical(path, world.starts)
-        kernel = paths.get(world.base, path)
+        kernel = world.under.get(path, paths.get(world.base, path))
         if kernel is None:
             raise errors.ConfigError(f"{path} trains whole, and {part.name} adapts it too; PEFT can do one")
         shape = kernel.shape
