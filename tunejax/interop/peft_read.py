@@ -201,7 +201,7 @@ def _arguments(name: str, settings: Mapping[str, Any], form: portable.Form) -> d
     """The method's arguments but its targets. Raises CheckpointError on an entry that would change what it computes."""
     parameters = inspect.signature(registry.find(name)[0]).parameters
     ours = {theirs: k for k, theirs in form.entries.items()}
-    out = {k: parameters[k].default for k in form.entries if parameters[k].default is not inspect.Parameter.empty}
+    out = {k: p.default for k, p in parameters.items() if k in form.entries and p.default is not p.empty}
     out |= form.absent
     strange = []
     for key, value in settings.items():
