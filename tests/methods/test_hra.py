@@ -46,3 +46,12 @@ def test_reflections_start_as_pairs_of_the_length_that_peft_draws():
 def test_reflections_without_a_pair_are_refused(rank):
     with pytest.raises(errors.ConfigError, match="2, 4, 6"):
         hra.hra(rank=rank)
+
+
+def test_reflections_that_start_alone_may_be_odd():
+    u = hra.hra("mlp/up/kernel", rank=3, pairs=False).init(jax.random.key(0), tiny.params()).train
+    u = u["layers/0/mlp/up/kernel"]["u"]
+    assert u.shape[-1] == 3
+    assert not np.allclose(u[..., 0], u[..., 1])
+    with pytest.raises(errors.ConfigError, match="at least 1"):
+        hra.hra(rank=0, pairs=False)

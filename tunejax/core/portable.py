@@ -27,7 +27,8 @@ class Form(NamedTuple):
     entries:   argument -> its entry in adapter_config.json; an argument without one is not written, and must be equal
                in all that one folder holds.
     absent:    argument -> what PEFT takes where its entry is not there, if that is not the method's own default.
-    flags:     entries that set it apart from others of its type.
+    flags:     entries that set it apart from others of its type; a tuple lists values of which any will do; the first
+               is the one that is written, and None an entry that is not there.
     patterns:  whether PEFT lets rank and alpha differ from module to module.
     biases:    the entry ``bias`` where biases of its modules train beside it; "": the type has no such entry.
     plain:     whether PEFT has it for modules that keep kernels as [in, out] (GPT-2's).
@@ -39,6 +40,7 @@ class Form(NamedTuple):
     fuse:      (arrays of each part or None, output widths, arguments) -> (arrays, changed arguments) of the one kernel
                that a checkpoint keeps for several (GPT-2's c_attn), or None where the method has no such form.
     split:     (arrays, index of the part, number of parts) -> arrays of that part.
+    note:      (arguments) -> what to know before PEFT reads it, or "".
     """
 
     peft_type: str
@@ -58,6 +60,7 @@ class Form(NamedTuple):
     read_shared: Callable[[Arrays], dict[str, np.ndarray]] | None = None
     fuse: Callable[[Sequence[Arrays | None], Sequence[int], Arguments], tuple[Arrays, dict]] | None = None
     split: Callable[[Arrays, int, int], Arrays] | None = None
+    note: Callable[[Arguments], str] = lambda arguments: ""
 
 
 class Prompt(NamedTuple):

@@ -141,10 +141,16 @@ def _cut(shared: Mapping[str, np.ndarray], like: Mapping[str, Any]) -> dict[str,
 
 
 def _stacked(arrays: Mapping[Site, Mapping[str, np.ndarray]], path: str, first: int, name: str, like: Any) -> jax.Array:
-    layers = [modules.OUTSIDE] if first < 0 else range(first, first + like.shape[0])
-    rows = [arrays[Site(path, i)][name] for i in layers]
-    value = rows[0] if first < 0 else np.stack(rows)
-    if value.shape != tuple(like.shape):
-        what = f"{name} at {path}" if name else path
-        raise errors.CheckpointError(f"the adapter's {what} has shape {value.shape}, expected {like.shape}")
+    outside = first < 0
+    layers = [modules.OUTSIDE] if outside else range(first, first + like.shape[0])
+    sites, expected = [arrays[Site(path, i)] for i in layers], tuple(like.shape[0 if outside else 1 :])
+    for site in sites:
+        if name not in site:
+            raise errors.CheckpointError(
+                f"the adapter's {path} has {', '.join(site)}; its settings make it need {name}"
+            )
+        if site[name].shape != expected:
+            what = f"{name} at {path}" if name else path
+            raise errors.CheckpointError(f"the adapter's {what} has shape {site[name].shape}, expected {expected}")
+    value = sites[0][name] if outside else np.stack([site[name] for site in sites])
     return jax.numpy.asarray(value, like.dtype)

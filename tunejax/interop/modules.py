@@ -44,6 +44,12 @@ def _place(tensor: families.Tensor, layer: int) -> Place:
     return Place(module, name, tensor.transpose, tensor.part)
 
 
+def missing_biases(config: ModelConfig, head: str) -> set[Path]:
+    """Biases of the stack that a model here may have (`bitfit` adds them) and Hugging Face's of this config has not."""
+    listed = registry.get(config.family).tensors(config, head)
+    return {t.ours for t in listed if t.optional and t.ours.startswith("layers/") and t.ours.endswith("/bias")}
+
+
 def by_name(placed: Mapping[Site, Place]) -> dict[str, dict[Site, Place]]:
     """Parameters by their names there; several have one where a checkpoint keeps kernels as one."""
     out: dict[str, dict[Site, Place]] = {}

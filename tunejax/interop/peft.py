@@ -24,13 +24,19 @@ from tunejax.models.config import ModelConfig
 WEIGHTS, PREFIX = "adapter_model.safetensors", "base_model.model."
 SHARED_PREFIX = "base_model."
 """Of tensors that belong to no module of the base, and of all beside a prompt."""
-BASE_BIAS = ".base_layer.bias"
-"""The end of the name of an adapted module's own bias."""
+BASE = ".base_layer."
+"""In names of an adapted module's own parameters."""
+RESAVED = ("lm_head",)
+"""Modules whose own weights PEFT saves under their adapter, and so keeps when such a folder is saved again."""
 TASKS = {"lm": "CAUSAL_LM", "classification": "SEQ_CLS"}
 HEADS = {"classification": ("/classifier/*", "/head/kernel")}
 """What PEFT saves with every adapter for that task, trained or not."""
 PATTERNS = {"rank": "rank_pattern", "alpha": "alpha_pattern"}
 """Arguments that may differ from module to module, and where PEFT keeps the exceptions."""
+
+
+FREE = ("targets", "layers", "dropout")
+"""Arguments that may differ between adapters of one kind: where they are, and what acts while training only."""
 
 
 class Tuned(NamedTuple):
@@ -44,13 +50,17 @@ class Tuned(NamedTuple):
 
 
 class World(NamedTuple):
-    """The model that an adapter is written for. starts: first layer of each segment of ``base``."""
+    """The model that an adapter is written for.
+
+    starts: first layer of each segment of ``base``. under: kernels that train and are adapted too, by path.
+    """
 
     config: ModelConfig
     head: str
     base: Params
     starts: dict[str, int]
     places: Mapping[Site, Place]
+    under: Mapping[str, Any] = {}
 
 
 class Link(NamedTuple):
@@ -87,6 +97,9 @@ def write(folder: Path, tuned: Tuned, config: ModelConfig, *, head: str, base_na
     starts = paths.starts(tuned.method.cuts(config.num_layers))
     world = World(config, head, tuned.base, starts, modules.places(config, head))
     adapters, prompts, whole, slots = _parts(tuned, config)
+    _check_biases(whole, world)
+    world = world._replace(under=_under(adapters, whole, world))
+    whole = {p: x for p, x in whole.items() if p not in world.under}
     if len(prompts) > 1 or (prompts and adapters):
         other = adapters[0].name if adapters else "another prompt"
         raise errors.ConfigError(f"PEFT keeps one kind of adapter in a folder; here is a prompt and {other}")
@@ -95,8 +108,8 @@ def write(folder: Path, tuned: Tuned, config: ModelConfig, *, head: str, base_na
     if prompts or adapters:
         arrays, settings = prompts[0] if prompts else _adapter(adapters, world)
     else:
-        form, values = slots[0]
-        arrays, settings = _slotted(form, values, world)
+        values = {p: x for _, own in slots for p, x in own.items()}
+        arrays, settings = _slotted(slots[0][0], values, world)
         whole = {p: x for p, x in whole.items() if p not in values}
     if prompts and peft_prompts.looks_up(settings) and peft_prompts.TABLE in whole:
         raise errors.ConfigError(
@@ -104,7 +117,7 @@ def write(folder: Path, tuned: Tuned, config: ModelConfig, *, head: str, base_na
         )
     adapted = {m for part in adapters for m in settings["target_modules"] if part.form.biases}
     saved, kept = _modules(whole, world, SHARED_PREFIX if prompts else PREFIX, adapted)
-    if any(k.endswith(BASE_BIAS) for k in saved):
+    if any(k.endswith(f"{BASE}bias") for k in saved):
         settings["bias"] = adapters[0].form.biases
     both = [m for m in kept if any(k.startswith(f"{PREFIX}{m}.") for k in arrays)]
     if both:
@@ -120,6 +133,28 @@ def write(folder: Path, tuned: Tuned, config: ModelConfig, *, head: str, base_na
     with tensors.whole_folder(folder) as new:
         tensors.write_arrays(new / WEIGHTS, arrays | saved)
         tensors.write_json(new / CONFIG, settings)
+    for note in filter(None, dict.fromkeys([*(p.form.note(p.arguments) for p in adapters), _prefix_note(settings)])):
+        print(f"note: {note}")
+
+
+def _prefix_note(settings: Mapping[str, Any]) -> str:
+    """What to know of a prefix before a classifier."""
+    if (settings["peft_type"], settings["task_type"]) != ("PREFIX_TUNING", TASKS["classification"]):
+        return ""
+    return (
+        "PEFT runs a prefix before a classifier only where the model's forward() names past_key_values; those of "
+        "transformers 5 do not"
+    )
+
+
+def _check_biases(whole: Mapping[str, Any], world: World) -> None:
+    """Raises ConfigError on biases that the base lacks: PEFT drops, without a word, what its model has no place for."""
+    missing = modules.missing_biases(world.config, world.head)
+    added = [p for p in whole if modules.canonical(p, world.starts)[0] in missing]
+    if added:
+        raise errors.ConfigError(
+            f"{added[0]} trains, and the base has no such bias: PEFT has no place for it. Export with --format hf"
+        )
 
 
 class _Part(NamedTuple):
@@ -157,9 +192,15 @@ def _parts(tuned: Tuned, config: ModelConfig) -> tuple[list[_Part], list[peft_pr
             slots += [(own, train)] if own is not None else []
         else:
             raise errors.ConfigError(f"PEFT has no method {name!r}. Export with --format hf where it merges")
-    if not adapters and not prompts and len(slots) != 1:
+    if not adapters and not prompts and len({form for form, _ in slots}) != 1:
         raise errors.ConfigError(f"{tuned.method.name} has no adapter that PEFT knows; export with --format hf")
     return adapters, prompts, whole, slots
+
+
+def _under(parts: list[_Part], whole: Mapping[str, Any], world: World) -> dict[str, Any]:
+    """What trains whole under an adapter, by path, where PEFT would save it so too."""
+    found = {p: world.places.get(Site(p, modules.OUTSIDE)) for part in parts for p in part.sites if p in whole}
+    return {p: whole[p] for p, place in found.items() if place is not None and place.module in RESAVED}
 
 
 def _adapter(parts: list[_Part], world: World) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -167,15 +208,20 @@ def _adapter(parts: list[_Part], world: World) -> tuple[dict[str, np.ndarray], d
     first = parts[0]
     form = first.form
     patterned = {k: p for k, p in PATTERNS.items() if form.patterns and k in form.entries}
-    fixed = {k: v for k, v in first.arguments.items() if k not in (*patterned, "targets", "layers")}
+    fixed = {k: v for k, v in first.arguments.items() if k not in (*patterned, *FREE)}
     tensors: dict[str, np.ndarray] = {}
     patterns: dict[str, dict[str, Any]] = {}
     targeted: dict[str, portable.Arrays] = {}
     plain = set()
     for part in parts:
-        if part.form is not form or any(part.arguments.get(k, v) != v for k, v in fixed.items()):
+        if part.form is not form:
             raise errors.ConfigError(
                 f"PEFT keeps one kind of adapter in a folder; here are {first.name} and {part.name}"
+            )
+        if apart := next((k for k, v in fixed.items() if part.arguments.get(k, v) != v), None):
+            raise errors.ConfigError(
+                f"PEFT keeps one {apart} in a folder; here are {first.name} with {fixed[apart]!r} and {part.name} with "
+                f"{part.arguments[apart]!r}. Export with --format hf"
             )
         if not _equal(part.shared, first.shared):
             raise errors.ConfigError(f"PEFT keeps one set of what all sites share; the {len(parts)} parts differ in it")
@@ -196,8 +242,12 @@ def _adapter(parts: list[_Part], world: World) -> tuple[dict[str, np.ndarray], d
         raise errors.ConfigError(f"PEFT has no {first.name} for this model's modules, which keep kernels as [in, out]")
     if first.shared and form.write_shared is not None:
         tensors.update({SHARED_PREFIX + k: x for k, x in form.write_shared(first.shared).items()})
+    for path, x in world.under.items():
+        place = world.places[Site(path, modules.OUTSIDE)]
+        tensors[f"{PREFIX}{place.module}{BASE}{place.name}"] = np.asarray(x.T if place.transpose else x)
     settings = {theirs: first.arguments[k] for k, theirs in form.entries.items()}
-    settings |= {"peft_type": form.peft_type, "target_modules": list(targeted), **form.flags, **patterns}
+    flags = {k: v[0] if isinstance(v, tuple) else v for k, v in form.flags.items()}
+    settings |= {"peft_type": form.peft_type, "target_modules": list(targeted), **flags, **patterns}
     settings |= form.settings(targeted)
     return tensors, settings | ({"fan_in_fan_out": True} if plain == {True} else {})
 
@@ -223,7 +273,7 @@ def _grouped(part: _Part, world: World) -> dict[str, list[_Layer]]:
     out: dict[str, list[_Layer]] = {}
     for path, arrays in part.sites.items():
         ours, first = modules.canonical(path, world.starts)
-        kernel = paths.get(world.base, path)
+        kernel = world.under.get(path, paths.get(world.base, path))
         if kernel is None:
             raise errors.ConfigError(f"{path} trains whole, and {part.name} adapts it too; PEFT can do one")
         shape = kernel.shape
@@ -296,7 +346,7 @@ def _modules(
                 f"PEFT saves whole modules: {module}, of which something trains, holds {within}; leave it out"
             )
     kept = {k: _joined(x) for k, x in values.items() if k.rpartition(".")[0] in wanted}
-    kept |= {k.removesuffix(".bias") + BASE_BIAS: _joined(values[k]) for k in biases}
+    kept |= {f"{k.removesuffix('.bias')}{BASE}bias": _joined(values[k]) for k in biases}
     tied = modules.tied_head(world.config, world.head)
     if peft_prompts.TABLE in whole and tied is not None:  # what PEFT saves whole no longer shares its weights
         kept[f"{tied}.weight"] = np.asarray(whole[peft_prompts.TABLE])

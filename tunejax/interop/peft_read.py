@@ -11,10 +11,10 @@ import numpy as np
 
 from tunejax.core import errors, portable
 from tunejax.interop import found as found_lib
-from tunejax.interop import modules, peft_prompts
+from tunejax.interop import modules, peft_prompts, peft_tensors
 from tunejax.interop.found import CONFIG, Found
 from tunejax.interop.modules import Place, Site
-from tunejax.interop.peft import BASE_BIAS, PATTERNS, PREFIX, SHARED_PREFIX, WEIGHTS
+from tunejax.interop.peft import BASE, PATTERNS, PREFIX, SHARED_PREFIX, WEIGHTS
 from tunejax.methods import registry
 from tunejax.models.config import ModelConfig
 
@@ -27,9 +27,7 @@ IGNORED = {
     "target_modules", "task_type", *PATTERNS.values(),
 }  # fmt: skip
 """Entries that the tensors themselves answer, or that matter before training only."""
-OWN, ORIGINAL = ".modules_to_save.", ".original_module."
-"""In names of biases, where all of them are saved, a second time: of a module that trains whole, and of the base's."""
-STARTS = ("init_lora_weights", (True, False, None, "gaussian", "eva", "orthogonal"))
+STARTS = ("init_lora_weights", (True, False, None, "gaussian", "eva", "orthogonal", "mica"))
 """The entry that says how an adapter started, and the starts that leave the base as it is; PEFT repeats the others on
 the base whenever it loads such a folder."""
 
@@ -58,46 +56,65 @@ def read(folder: Path, config: ModelConfig, *, head: str) -> Found:
       CheckpointError: a damaged folder, a kind that is not known, an entry that changes something unknown here, or a
         tensor that has no place in this model; each is named.
     """
-    found = found_lib.settings(folder)
+    found = {k: v for k, v in found_lib.settings(folder).items() if v is not None}  # null is PEFT's default
+    peft_tensors.check_task(found)
+    every = peft_tensors.read(folder, found, config, head)
     if found.get("peft_type") in peft_prompts.READ:
-        return _prompt(folder, found, config, head)
+        return _prompt(folder, found, every, config, head)
     owner = _whole(found)
     if owner is not None:
-        return _modules(folder, *owner, found, config, head)
+        return _modules(folder, *owner, found, every, config, head)
     name, form = _method(found)
     assert form.read is not None
     given = _arguments(name, found, form)
-    by_module, whole, common = _sorted(folder, config, head, form)
+    by_module, whole, common = _sorted(folder, every, config, head, form)
     groups: dict[str, tuple[dict[str, Any], dict[Site, dict[str, np.ndarray]]]] = {}
     for key, (site_places, tensors) in by_module.items():
         own = {a: _of(found, p, key, given[a]) for a, p in PATTERNS.items() if form.patterns and a in given}
-        seen = _Seen(tensors)
-        try:
-            arrays = form.read(seen, {**given, **own})
-        except KeyError as e:
-            raise errors.CheckpointError(f"{folder / WEIGHTS}: {key} has no {e}; found {', '.join(tensors)}") from None
-        more = [k for k in tensors if k not in seen.names and not k.startswith("base_layer.")]
-        if more:
-            raise errors.CheckpointError(f"{folder / WEIGHTS}: {name} here knows nothing of {key}.{more[0]}")
-        own |= form.found(arrays)
-        for site, place in site_places.items():
-            i, of = place.part
-            split = arrays if of == 1 else _split(form, arrays, i, of, name, key)
-            groups.setdefault(json.dumps(own, sort_keys=True), (own, {}))[1][site] = dict(split)
-    specs, out = [], []
+        sites, follows = _module(folder, name, form, key, site_places, tensors, {**given, **own})
+        own |= follows
+        groups.setdefault(json.dumps(own, sort_keys=True), (own, {}))[1].update(sites)
+    under = {site: x for site, x in whole.items() if any(site in places for places, _ in by_module.values())}
+    above = {site: x for site, x in whole.items() if site not in under}
+    parts = found_lib.whole_specs("full", under, config)
     for own, sites in groups.values():
-        for spec, some in found_lib.by_layers({"name": name, **given, **own}, sites, config.num_layers):
-            specs.append(spec)
-            out.append(some)
-    for spec, some in found_lib.whole_specs("full", whole, config):
-        specs.append(spec)
-        out.append(some)
-    return Found(specs, base_of(found), out, _shared(folder, common, form), found_lib.labels_of(whole, head))
+        parts += found_lib.by_layers({"name": name, **given, **own}, sites, config.num_layers)
+    parts += found_lib.whole_specs("full", above, config)
+    specs, arrays = [spec for spec, _ in parts], [some for _, some in parts]
+    return Found(specs, base_of(found), arrays, _shared(folder, common, form), found_lib.labels_of(whole, head))
 
 
-def _prompt(folder: Path, found: dict[str, Any], config: ModelConfig, head: str) -> Found:
+def _module(
+    folder: Path,
+    name: str,
+    form: portable.Form,
+    module: str,
+    places: Mapping[Site, Place],
+    tensors: Mapping[str, np.ndarray],
+    arguments: Mapping[str, Any],
+) -> tuple[dict[Site, dict[str, np.ndarray]], dict[str, Any]]:
+    """(arrays by site, arguments that follow from them) of one adapted module."""
+    seen, where = _Seen(tensors), f"{folder / WEIGHTS}: {module}"
+    there = ", ".join(f"{k} {x.shape}" for k, x in tensors.items())
+    try:
+        arrays = form.read(seen, arguments) if form.read is not None else {}
+        sites = {site: dict(_split(form, arrays, *place.part, name, module)) for site, place in places.items()}
+        follows = form.found(arrays)
+    except KeyError as e:
+        raise errors.CheckpointError(f"{where} has no {e}; found {there}") from None
+    except (AttributeError, IndexError, TypeError, ValueError) as e:
+        said = {k: arguments[k] for k in form.entries if k in arguments}
+        raise errors.CheckpointError(f"{where} is no {name} of {said}: {e}; found {there}") from None
+    more = [k for k in tensors if k not in seen.names]
+    if more:
+        raise errors.CheckpointError(f"{folder / WEIGHTS}: {name} here knows nothing of {module}.{more[0]}")
+    return sites, follows
+
+
+def _prompt(
+    folder: Path, found: dict[str, Any], tensors: dict[str, np.ndarray], config: ModelConfig, head: str
+) -> Found:
     """A folder of virtual tokens or of a prefix, perhaps with modules that trained whole."""
-    tensors = _tensors(folder, config, head, SHARED_PREFIX)
     spec, sites = peft_prompts.read(found, tensors, folder / WEIGHTS, config)
     specs, arrays = [spec], [sites]
     whole = _placed(folder, {k: x for k, x in tensors.items() if k != peft_prompts.KEY}, config, head)
@@ -118,10 +135,16 @@ def _whole(settings: Mapping[str, Any]) -> tuple[str, portable.Whole] | None:
 
 
 def _modules(
-    folder: Path, name: str, form: portable.Whole, found: dict[str, Any], config: ModelConfig, head: str
+    folder: Path,
+    name: str,
+    form: portable.Whole,
+    found: dict[str, Any],
+    tensors: dict[str, np.ndarray],
+    config: ModelConfig,
+    head: str,
 ) -> Found:
     """A folder of modules that trained whole, those of ``form`` and others."""
-    tensors, slot = _tensors(folder, config, head), f".{form.slot}."
+    slot = f".{form.slot}."
     own = _placed(folder, {k.replace(slot, "."): x for k, x in tensors.items() if slot in k}, config, head)
     rest = _placed(folder, {k: x for k, x in tensors.items() if slot not in k}, config, head)
     parts = [*found_lib.whole_specs(name, own, config), *found_lib.whole_specs("full", rest, config)]
@@ -158,10 +181,10 @@ def _method(settings: Mapping[str, Any]) -> tuple[str, portable.Form]:
     agreeing = [
         (len(f.flags), n, f)
         for n, f in forms
-        if f.peft_type == kind and all(settings.get(k) == v for k, v in f.flags.items())
+        if f.peft_type == kind and all(_agrees(settings.get(k), v) for k, v in f.flags.items())
     ]
     if not agreeing:
-        variants = [f"{k}: {settings[k]!r}" for _, f in forms if f.peft_type == kind for k in f.flags if k in settings]
+        variants = [f"{k}: {settings.get(k)!r}" for _, f in forms if f.peft_type == kind for k in f.flags]
         if variants:
             raise errors.CheckpointError(f"{CONFIG}: {kind} with {', '.join(variants)} is not known here")
         near = errors.did_you_mean(str(kind), sorted({f.peft_type for _, f in forms}))
@@ -170,11 +193,16 @@ def _method(settings: Mapping[str, Any]) -> tuple[str, portable.Form]:
     return name, form
 
 
+def _agrees(found: Any, flag: Any) -> bool:
+    return any(found is v or found == v for v in (flag if isinstance(flag, tuple) else (flag,)))
+
+
 def _arguments(name: str, settings: Mapping[str, Any], form: portable.Form) -> dict[str, Any]:
     """The method's arguments but its targets. Raises CheckpointError on an entry that would change what it computes."""
     parameters = inspect.signature(registry.find(name)[0]).parameters
     ours = {theirs: k for k, theirs in form.entries.items()}
-    out: dict[str, Any] = dict(form.absent)
+    out = {k: p.default for k, p in parameters.items() if k in form.entries and p.default is not p.empty}
+    out |= form.absent
     strange = []
     for key, value in settings.items():
         if key in IGNORED or key in form.flags or key in form.ignored or (key == STARTS[0] and value in STARTS[1]):
@@ -191,9 +219,15 @@ def _arguments(name: str, settings: Mapping[str, Any], form: portable.Form) -> d
 
 def _of(settings: Mapping[str, Any], pattern: str, module: str, default: Any) -> Any:
     """An argument for one module: PEFT's exceptions are regular expressions for the end of its name."""
-    for expression, value in (settings.get(pattern) or {}).items():
-        if re.match(rf"(.*\.)?({expression})$", module):
-            return type(default)(value)
+    exceptions = settings.get(pattern, {})
+    try:
+        for expression, value in exceptions.items():
+            if re.match(rf"(.*\.)?({expression})$", module):
+                return type(default)(value)
+    except (AttributeError, TypeError, ValueError, re.error) as e:
+        raise errors.CheckpointError(
+            f"{CONFIG}: {pattern} is {exceptions!r}; expected numbers by regular expressions of modules' names: {e}"
+        ) from None
     return default
 
 
@@ -202,13 +236,14 @@ Sorted = tuple[
 ]
 
 
-def _sorted(folder: Path, config: ModelConfig, head: str, form: portable.Form) -> Sorted:
+def _sorted(
+    folder: Path, tensors: dict[str, np.ndarray], config: ModelConfig, head: str, form: portable.Form
+) -> Sorted:
     """(adapted modules: their kernels and tensors; values that trained whole; what is shared).
 
     Raises:
       CheckpointError: tensors that are none of these.
     """
-    tensors = _tensors(folder, config, head)
     places = modules.places(config, head)
     plain = modules.by_name(places)
     kernels: dict[str, dict[Site, Place]] = {}
@@ -218,9 +253,7 @@ def _sorted(folder: Path, config: ModelConfig, head: str, form: portable.Form) -
     adapted: dict[str, tuple[dict[Site, Place], dict[str, np.ndarray]]] = {}
     whole, shared, strange = {}, {}, []
     for key, array in tensors.items():
-        bare = key.removeprefix(PREFIX)
-        if bare.endswith(BASE_BIAS):
-            bare = bare.removesuffix(BASE_BIAS) + ".bias"
+        bare = key.removeprefix(PREFIX).replace(BASE, ".")
         owner = max((m for m in kernels if bare.startswith(m + ".")), key=len, default=None)
         if bare in plain:
             whole.update({site: modules.taken(place, array) for site, place in plain[bare].items()})
@@ -240,34 +273,9 @@ def _sorted(folder: Path, config: ModelConfig, head: str, form: portable.Form) -
     return adapted, whole, shared
 
 
-def _tensors(folder: Path, config: ModelConfig, head: str, prefix: str = PREFIX) -> dict[str, np.ndarray]:
-    """The tensors of a folder, without a tied head's, which PEFT saves beside the table.
-
-    prefix: of modules' tensors there; here they have `PREFIX`.
-
-    Raises:
-      CheckpointError: as `found.tensors`; table and head trained apart: a model that ties them can hold one.
-    """
-    tensors = found_lib.tensors(folder / WEIGHTS)
-    tensors = {PREFIX + k.removeprefix(prefix) if k.startswith(prefix) else k: x for k, x in tensors.items()}
-    tensors = {k.replace(OWN, "."): x for k, x in tensors.items() if ORIGINAL not in k}
-    tied = modules.tied_head(config, head)
-    place = modules.places(config, head).get(Site(peft_prompts.TABLE, modules.OUTSIDE))
-    if tied is None or place is None:
-        return tensors
-    one, other = tensors.get(f"{PREFIX}{place.module}.{place.name}"), tensors.get(f"{PREFIX}{tied}.weight")
-    if one is None and other is None:
-        return tensors
-    if one is None or other is None or not np.array_equal(one, other):
-        there = place.module if one is not None else tied
-        raise errors.CheckpointError(
-            f"{folder / WEIGHTS}: {there} trained apart from {tied if one is not None else place.module}, which shares "
-            "its weights in this model"
-        )
-    return {k: x for k, x in tensors.items() if k != f"{PREFIX}{tied}.weight"}
-
-
 def _split(form: portable.Form, arrays: portable.Arrays, i: int, of: int, name: str, module: str) -> portable.Arrays:
+    if of == 1:
+        return arrays
     if form.split is None:
         raise errors.CheckpointError(f"{module} keeps {of} kernels as one, and {name} has no form for a part of it")
     return form.split(arrays, i, of)

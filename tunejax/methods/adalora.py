@@ -60,6 +60,7 @@ PEFT = portable.Form(
     },
     ignored=frozenset({"r", "use_rslora"}),
     biases="lora_only",
+    split=lambda arrays, i, of: {**arrays, "b": np.split(arrays["b"], of, axis=1)[i]},
 )  # fmt: skip
 
 

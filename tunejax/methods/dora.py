@@ -7,18 +7,35 @@ lora_magnitude_vector [out]. With dropout PEFT drops the input of W too wherever
 LoRA, only that of A.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tunejax.core import low_rank, operators, portable
+from tunejax.core import errors, low_rank, operators, portable
 from tunejax.core import method as methods
 from tunejax.core.method import Context, Method
 
 ALIASES = low_rank.ALIASES
 """What PEFT calls it -> what it is here."""
+
+
+def _fuse(
+    parts: Sequence[portable.Arrays | None], widths: Sequence[int], arguments: portable.Arguments
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Side by side, as LoRA's. Raises ConfigError where a part has none: its magnitudes would be those of the base."""
+    there = [p for p in parts if p is not None]
+    if len(there) < len(parts):
+        raise errors.ConfigError(
+            f"dora: PEFT scales all columns of a module, and {len(parts) - len(there)} of {len(parts)} parts of one "
+            "have no dora; adapt all of them, or export with --format hf"
+        )
+    assert low_rank.PEFT.fuse is not None
+    arrays, changed = low_rank.PEFT.fuse(parts, widths, arguments)
+    return {**arrays, "m": np.concatenate([p["m"] for p in there])}, changed
+
 
 PEFT = portable.Form(
     "LORA",
@@ -33,6 +50,7 @@ PEFT = portable.Form(
     flags={"use_dora": True},
     patterns=True,
     biases="lora_only",
+    fuse=_fuse,
     split=lambda arrays, i, of: {
         "a": arrays["a"],
         "b": np.split(arrays["b"], of, axis=1)[i],

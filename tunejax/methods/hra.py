@@ -25,7 +25,10 @@ PEFT = portable.Form(
     write=lambda arrays: {"hra_u": arrays["u"]},
     read=lambda tensors, _: {"u": tensors["hra_u"]},
     entries={"rank": "r"},
-    flags={"apply_GS": False},
+    flags={"apply_GS": (False, None)},
+    # Of an odd rank no folder can have started as pairs.
+    found=lambda arrays: {"pairs": False} if arrays["u"].shape[-1] % 2 else {},
+    settings=lambda modules: {"init_weights": all(a["u"].shape[-1] % 2 == 0 for a in modules.values())},
     biases="hra_only",
     plain=False,
 )
@@ -61,6 +64,7 @@ def hra(
     targets: str | list[str] = "/layers/**/kernel",
     rank: int = 8,
     layers: str | int | None = None,
+    pairs: bool = True,
 ) -> Method:
     """Mirrors each kernel's input at ``rank`` trained planes.
 
@@ -68,19 +72,22 @@ def hra(
       targets: globs over kernels; every linear layer of the stack unless told.
       rank: number of reflections; even, so that they start as pairs.
       layers: only these layers of the stack, as a slice: "-2:".
+      pairs: False: each starts by itself, and the model is another from the start; any rank will do.
 
     Raises:
-      ConfigError: rank is odd or below 2.
+      ConfigError: rank is below 1, or odd where they start as pairs.
       TargetError (from init): nothing matched, or what matched is no kernel.
     """
-    if rank < 2 or rank % 2:
-        raise errors.ConfigError(f"hra: rank is {rank}; reflections start as pairs, so it must be 2, 4, 6, ...")
+    alike = 2 if pairs else 1
+    if rank < alike or rank % alike:
+        ranks = "reflections start as pairs, so it must be 2, 4, 6, ..." if pairs else "it must be at least 1"
+        raise errors.ConfigError(f"hra: rank is {rank}; {ranks}")
 
     def new(key: Any, kernel: Any) -> dict[str, Any]:
         *lead, fan_in, _ = kernel.shape
         # Of the length that PEFT draws, kaiming_uniform_(a=sqrt(5)): it decides how far a step turns a mirror.
-        half = low_rank.uniform(key, (*lead, fan_in, rank // 2), 1 / math.sqrt(rank // 2))
-        return {"u": jnp.repeat(half, 2, axis=-1)}
+        drawn = low_rank.uniform(key, (*lead, fan_in, rank // alike), 1 / math.sqrt(rank // alike))
+        return {"u": jnp.repeat(drawn, alike, axis=-1)}
 
     def wrap(kernel: Any, arrays: dict[str, Any], ctx: Context) -> Mirrored:
         u = arrays["u"]

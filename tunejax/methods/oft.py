@@ -29,6 +29,8 @@ ALIASES = {
 }
 """What PEFT calls it -> what it is here."""
 
+_CUDA = "PEFT loads a boft of several factors only where it can build its CUDA extension (a GPU, CUDA_HOME, ninja)"
+
 PEFT = {
     "oft": portable.Form(
         "OFT",
@@ -41,7 +43,7 @@ PEFT = {
             "terms": "num_cayley_neumann_terms",
         },
         plain=False,
-        ignored=frozenset({"r", "eps"}),
+        ignored=frozenset({"r", "eps", "module_dropout"}),
         biases="oft_only",
         # PEFT shrinks a block that does not divide a module's input: what counts is what it kept.
         found=lambda arrays: {"block_size": (1 + math.isqrt(1 + 8 * arrays["skew"].shape[-1])) // 2},
@@ -54,9 +56,10 @@ PEFT = {
         read=lambda tensors, _: {"r": tensors["boft_R"], "s": tensors["boft_s"][:, 0]},
         entries={"block_size": "boft_block_size", "factors": "boft_n_butterfly_factor"},
         plain=False,
-        ignored=frozenset({"boft_block_num"}),
+        ignored=frozenset({"boft_block_num", "boft_dropout"}),
         biases="boft_only",
         found=lambda arrays: {"block_size": arrays["r"].shape[-1], "factors": arrays["r"].shape[0]},
+        note=lambda arguments: _CUDA if arguments["factors"] > 1 else "",
     ),
 }
 
