@@ -154,7 +154,7 @@ def before(judge: Judge, state: TrainState, base: Any, out: Path) -> dict[str, f
     """The scores of the untuned model: measured, or, where the run is resumed, as they were measured then."""
     kept = out / "samples" / "before.json"
     if kept.is_file():
-        return json.loads(kept.read_text(encoding="utf-8"))
+        return folder.read_numbers(kept)
     return judge(state, base, out, "before")
 
 
