@@ -25,8 +25,7 @@ def main(args: argparse.Namespace) -> None:
     measured.check_best(parts)
     labels.check_order(config.data.labels or (), parts.known)
     stored = tensors.open_folder(parts.folder)
-    # How many steps an epoch has is not known before the rows are read.
-    settings.optimizer(config, total_steps=config.train.max_steps or max(1000, config.train.warmup_steps))
+    check_optimizer(config)
     if config.many:
         members.plan(members.configs_of(config))
     params = jax.eval_shape(parts.model.init, key_shape())
@@ -37,6 +36,12 @@ def main(args: argparse.Namespace) -> None:
     print(report.describe(parts.method, params, start).text())
     print(table.table(params, method.learning(parts.method, start.train), start.edits).text())
     print("valid: nothing was run or written")
+
+
+def check_optimizer(config: load.schema.Config) -> None:
+    """Raises ConfigError on an optimiser or schedule that does not fit, before the rows are read."""
+    # How many steps an epoch has is not known before that.
+    settings.optimizer(config, total_steps=config.train.max_steps or max(1000, config.train.warmup_steps))
 
 
 def check_files(config: load.schema.Config) -> None:
