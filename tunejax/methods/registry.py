@@ -139,13 +139,23 @@ def with_kept(
     """
     listed = [specs] if isinstance(specs, Mapping | str) else specs
     out = [{"name": s} if isinstance(s, str) else dict(s) for s in listed]
+    places = [s.get("name") for s in out]
     for i, spec in enumerate(out):
         name = spec.get("name")
         taken = getattr(find(name)[1], "LOADED", ()) if isinstance(name, str) else ()
         if isinstance(taken, Mapping):
-            own = state() if len(out) == 1 else state().get(f"{i}:{name}")  # as `core.method.chain` names them
+            own = state() if len(out) == 1 else _nth(state(), name, places[:i].count(name), places.count(name))
             spec |= {key: of(own) for key, of in taken.items() if key in spec and own}
     return out
+
+
+def _nth(state: Mapping[str, Any], name: str, n: int, of: int) -> Any:
+    """The state of the chain's part number ``n`` of that name; None where it has not ``of`` such parts.
+
+    Its place in a chain (`core.method.chain`) is not that in the list, since a preset is several parts.
+    """
+    found = [k for k in state if k.partition(":")[2] == name.rpartition(":")[2]]
+    return state[sorted(found, key=lambda k: int(k.partition(":")[0]))[n]] if len(found) == of else None
 
 
 def scale_of(spec: Mapping[str, Any] | str) -> float:
@@ -271,10 +281,14 @@ def _from_package(name: str, place: str) -> ModuleType:
 
 def _renamed(name: str, given: Mapping[str, Any], aliases: Mapping[str, str]) -> dict[str, Any]:
     out: dict[str, Any] = {}
+    said: dict[str, str] = {}
     for key, value in given.items():
         ours = aliases.get(key, key)
         if ours in out:
-            raise errors.ConfigError(f"method {name!r}: {key!r} is another word for {ours!r}; give one of them")
+            raise errors.ConfigError(
+                f"method {name!r}: {said[ours]!r} and {key!r} are words for one argument; give one of them"
+            )
+        said[ours] = key
         out[ours] = _globs(value) if key in ("target_modules", "feedforward_modules") else value
         if key == "layers_to_transform" and isinstance(value, list):
             out[ours] = _slice(name, value)
@@ -282,9 +296,10 @@ def _renamed(name: str, given: Mapping[str, Any], aliases: Mapping[str, str]) ->
 
 
 def _slice(name: str, layers: list[Any]) -> str:
-    """PEFT's list of layers as a slice. Raises ConfigError where it has gaps."""
-    first = min(layers, default=0)
-    if not layers or sorted(layers) != list(range(first, first + len(layers))):
+    """PEFT's list of layers as a slice. Raises ConfigError where it has gaps, or what is no number."""
+    numbers = [x for x in layers if isinstance(x, int) and not isinstance(x, bool)]
+    first = min(numbers, default=0)
+    if not layers or len(numbers) < len(layers) or sorted(numbers) != list(range(first, first + len(layers))):
         raise errors.ConfigError(
             f"method {name!r}: layers_to_transform {layers} is no run of layers; chain one method for each run"
         )

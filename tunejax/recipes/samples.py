@@ -1,7 +1,6 @@
 """What a model says and scores on the held-out rows, before and after a run."""
 
 import itertools
-import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple

@@ -30,6 +30,7 @@ def main(args: argparse.Namespace) -> None:
         members.plan(members.configs_of(config))
     params = jax.eval_shape(parts.model.init, key_shape())
     start = jax.eval_shape(parts.method.init, key_shape(), params)
+    measured.evaluated(parts)  # what shows in a forward pass alone
     print(f"model    {parts.name}: {parts.model_config.family}, {len(stored)} tensors in {parts.folder}")
     print(f"mesh     {dict(parts.mesh.shape)} on {jax.devices()[0].device_kind}")
     print(f"method   {parts.method.name}")
