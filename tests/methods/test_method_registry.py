@@ -26,6 +26,24 @@ def not_one():
 def preset(rank: int = 2):
     return [{"name": "lora", "rank": rank}, "bitfit"]
 
+def loop(file: str):
+    return [{"name": f"{file}:loop", "file": file}]
+
+def one(file: str):
+    return ["bitfit", {"name": f"{file}:behind", "file": file}]
+
+def behind(file: str):
+    return [{"name": "gated", "method": {"name": f"{file}:one", "file": file}}]
+
+def less(file: str, n: int = 2):
+    return ["bitfit", *([{"name": f"{file}:less", "file": file, "n": n - 1}] if n else [])]
+
+def perhaps(inner: Method | None = None):
+    return inner or ["bitfit"]
+
+def hinted(x: method.nothing = 3):
+    return ["bitfit"]
+
 def around(inner: Method, size: int = 1):
     return inner._replace(name=f"around_{inner.name}")
 """
@@ -169,6 +187,16 @@ def test_a_file_of_ones_own(tmp_path):
     for wrong, said in ((3, "inner: expected"), ({"name": "lorra"}, "Did you mean 'lora'")):
         with pytest.raises(errors.ConfigError, match=said):
             registry.build({**around, "inner": wrong})
+    for name in ("loop", "one", "behind"):
+        with pytest.raises(errors.ConfigError, match="names itself"):
+            registry.build({"name": f"{file}:{name}", "file": str(file)})
+    assert len(registry.build({"name": f"{file}:less", "file": str(file)}).parts) == 3
+    assert registry.build(f"{file}:perhaps").name == "bitfit"
+    assert registry.build({"name": f"{file}:perhaps", "inner": {"name": "lora", "rank": 2}}).name == "lora"
+    assert registry.build({"name": f"{file}:perhaps", "inner": None}).name == "bitfit"
+    with pytest.raises(errors.ConfigError, match=r"inner: expected .*found 3"):
+        registry.build({"name": f"{file}:perhaps", "inner": 3})
+    assert registry.build({"name": f"{file}:hinted", "x": 3}).name == "bitfit"
     with pytest.raises(errors.ConfigError, match="returned int"):
         registry.build({"name": f"{file}:not_one"})
     file.write_text("import nothing_of_that_name", encoding="utf-8")

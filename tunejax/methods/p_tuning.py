@@ -63,8 +63,8 @@ def p_tuning(
         raise errors.ConfigError(f"p_tuning: encoder is {encoder!r}. {errors.did_you_mean(kind, ENCODERS)}")
     if not 0.0 <= dropout < 1.0:
         raise errors.ConfigError(f"p_tuning: dropout is {dropout}; it must lie in [0, 1)")
-    for name, value, unset in (("lstm_layers", lstm_layers, LAYERS), ("dropout", dropout, 0.0)):
-        if kind != "lstm" and value != unset:
+    for name, told in (("lstm_layers", lstm_layers != LAYERS), ("dropout", dropout != 0.0)):
+        if kind != "lstm" and told:
             raise errors.ConfigError(f"p_tuning: {name} is of encoder: lstm, and encoder is {encoder!r}; leave it out")
 
     def new(key: Any, table: Any) -> dict[str, Any]:

@@ -91,7 +91,7 @@ def asked_for(args: argparse.Namespace) -> search.Asked | None:
     most = asked[by[0]]
     if len(by) > 1 or not 0 < most <= 1 or asked["evaluations"] < 1:
         raise errors.ConfigError("give --parameters or --flops, a part in (0, 1], and at least 1 of --evaluations")
-    return search.Asked(by[0], most, *(asked[name] for name in SEARCHED), args.length)
+    return search.Asked(by[0], most, asked["metric"], asked["evaluations"], asked["seed"], args.length)
 
 
 def digest(run: str) -> str:
