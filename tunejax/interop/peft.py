@@ -196,7 +196,7 @@ def _adapter(parts: list[_Part], world: World) -> tuple[dict[str, np.ndarray], d
         raise errors.ConfigError(f"PEFT has no {first.name} for this model's modules, which keep kernels as [in, out]")
     if first.shared and form.write_shared is not None:
         tensors.update({SHARED_PREFIX + k: x for k, x in form.write_shared(first.shared).items()})
-    settings = {theirs: first.arguments[k] for k, theirs in form.entries.items()}
+    settings = {theirs: first.arguments[k] for k, theirs in form.entries.items() if k in first.arguments}
     settings |= {"peft_type": form.peft_type, "target_modules": list(targeted), **form.flags, **patterns}
     settings |= form.settings(targeted)
     return tensors, settings | ({"fan_in_fan_out": True} if plain == {True} else {})
