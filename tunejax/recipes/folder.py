@@ -87,7 +87,12 @@ def write_json(path: Path, value: Any) -> None:
 def read_numbers(path: Path) -> dict[str, Any]:
     """What `write_json` wrote of numbers by name; null is NaN again."""
     found = json.loads(path.read_text(encoding="utf-8"))
-    return {k: math.nan if v is None else v for k, v in found.items()}
+    return {k: number(v) for k, v in found.items()}
+
+
+def number(value: Any) -> Any:
+    """A number that `write_json` wrote: null is NaN again."""
+    return math.nan if value is None else value
 
 
 def _finite(value: Any) -> Any:

@@ -68,7 +68,7 @@ def main(args: argparse.Namespace) -> int:
     print(before_after.table(found))
     for line in found.get("warnings", []):
         print(f"warning: {line}")
-    print(f"logits differ from the masked model's by at most {found['difference']:.1e}")
+    print(f"logits differ from the masked model's by at most {folder.number(found['difference']):.1e}")
     print(f"{output}: {found['name']} shrunk by {found['method']}")
     return code
 

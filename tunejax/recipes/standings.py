@@ -189,7 +189,7 @@ def outcome(run: compare.Run, section: compare.CompareSection) -> Outcome:
                 f"compare.metric: {out / 'summary.json'} has no {section.metric!r}. "
                 f"{errors.did_you_mean(section.metric, numbers)}"
             )
-        quality = math.nan if found[section.metric] is None else found[section.metric]
+        quality = folder.number(found[section.metric])
         figures = {k: found.get(k) for k in FIGURES}
         seconds = to_target(found, folder.read_rows(out / "metrics.jsonl"), section)
         if not math.isfinite(quality):
