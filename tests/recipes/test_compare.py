@@ -306,6 +306,17 @@ def test_a_metric_that_is_no_number_is_a_failure(tmp_path):
     assert (found.status, found.reason, found.seconds_to_target) == ("failed", "eval_accuracy is nan", None)
 
 
+def test_a_run_keeps_how_its_answers_were_drawn(tmp_path):
+    raw = {"output_dir": str(tmp_path), "data": {"path": "x"}, "method": "full"}
+    before, now = (load.check(raw | {"evaluation": {"max_rows": n}}) for n in (50, 200))
+    folder.begin(before)
+    folder.write_json(tmp_path / "summary.json", {"eval_exact_match": 0.5, "eval_accuracy": 0.5})
+    folder.write_rows(tmp_path / "metrics.jsonl", [])
+    for metric, asked in (("exact_match", "50 rows at most, max_new_tokens 64, temperature 0"), ("accuracy", "")):
+        judged = config.CompareSection(methods={"a": "full"}, metric=metric)
+        assert standings.outcome(config.Run("a", 0, now), judged).asked == asked
+
+
 def test_a_budget_of_latency_is_measured_once_for_all_seeds(tmp_path, monkeypatch):
     """What one seed's run was begun with holds for the others."""
     budget = [{"name": "full"}, {"name": "shrink", "latency": 0.5, "keep": ["mlp"]}]

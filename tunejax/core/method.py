@@ -363,8 +363,9 @@ def _begun(name: str, new: Callable[[Any, Any], dict[str, Any] | Site], key: Any
 def _as_site(name: str, function: str, made: dict[str, Any] | Site) -> Site:
     site = made if isinstance(made, Site) else Site(made)
     if not all(isinstance(arrays, Mapping) for arrays in site):
+        found = "an array" if operators.is_array(made) else type(made).__name__
         raise errors.ConfigError(
-            f"method {name!r}: {function} returned {type(made).__name__}, expected arrays by name, or a Site of such"
+            f"method {name!r}: {function} returned {found}, expected arrays by name, or a Site of such"
         )
     return site
 
