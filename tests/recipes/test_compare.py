@@ -344,6 +344,12 @@ def test_a_long_warm_up_is_no_mistake(world):
     compare.check_method(run.config, "eval_loss")
 
 
+def test_weights_say_how_many_classes_there_are_before_the_rows_do(world, tmp_path):
+    changes = [*worlds.classified(tmp_path), "objective.class_weights=[1, 2, 3]", f"output_dir={tmp_path / 'out'}"]
+    run = config.load_comparison(world[0] / "cmp.yaml", changes).runs[0]
+    compare.check_method(run.config, "eval_accuracy")
+
+
 def test_units():
     assert [standings.size(x) for x in (12, 1536, 3 * 2**20, 5000 * 2**30)] == [
         "12 B",

@@ -115,8 +115,7 @@ def check_method(config: schema.Config, metric: str) -> None:
     validate.check_files(config)
     if not config.data.eval_path:
         raise errors.ConfigError("no rows to measure quality on: set data.eval_path")
-    opened = assemble.opened(config)
-    parts = assemble.parts(config, opened)
+    parts = validate.parts_of(config)
     settings.batches(config, parts.mesh)
     validate.check_optimizer(config)
     measured.check_best(parts)

@@ -20,7 +20,7 @@ def main(args: argparse.Namespace) -> None:
     folder.claim(config)
     check_files(config)
     runtime.begin()
-    parts = assemble.parts(config, assemble.opened(config))
+    parts = parts_of(config)
     settings.batches(config, parts.mesh)
     measured.check_best(parts)
     labels.check_order(config.data.labels or (), parts.known)
@@ -37,6 +37,15 @@ def main(args: argparse.Namespace) -> None:
     print(report.describe(parts.method, params, start).text())
     print(table.table(params, method.learning(parts.method, start.train), start.edits).text())
     print("valid: nothing was run or written")
+
+
+def parts_of(config: load.schema.Config) -> assemble.Parts:
+    """What the config names, built without its rows. Raises TunejaxError where it does not fit."""
+    weights = (config.objective.model_extra or {}).get("class_weights")
+    # The rows, which are not read, may have more classes than the two that nothing else says.
+    unsaid = not config.data.labels and config.model.num_labels is None
+    count = len(weights) if unsaid and isinstance(weights, list) else None
+    return assemble.parts(config, assemble.opened(config), num_labels=count)
 
 
 def check_optimizer(config: load.schema.Config) -> None:
