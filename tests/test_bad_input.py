@@ -182,6 +182,19 @@ CONFIGS = [
     Case("mesh that does not fit", train("mesh.tensor=7"), ["mesh", "7"]),
     Case("batch that does not divide", train("train.train_batch_size=7"), ["multiple of"]),
     Case("longer than the model", train("data.max_length=4096"), ["4096", "64 positions"]),
+    Case(
+        "a prefix and rows", train("method={name: prefix_tuning, length: 50}"), ["50 positions", "data.max_length=14"]
+    ),
+    Case(
+        "prefix longer than the model",
+        train("method={name: prefix_tuning, length: 1000}"),
+        ["takes 1000 positions", "has 64: no text fits behind it; give the method a smaller length"],
+    ),
+    Case(
+        "a ladder too narrow, validated",
+        ["validate", "CONFIG", "method={name: lst, reduction_factor: 8}"],
+        ["head_dim"],
+    ),
     Case("prompt longer than the model", train(f"generation.prompts=[{'cat ' * 64}]"), ["generation.prompts.0", "64"]),
     Case("prompt that is empty", train("generation.prompts=[cat, '']"), ["generation.prompts.1 is empty"]),
     Case("end token that is none", train("data.eos_token_id=999"), ["data.eos_token_id is 999", "has 20 tokens"]),

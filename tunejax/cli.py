@@ -27,6 +27,13 @@ class _Parser(argparse.ArgumentParser):
             raise errors.ConfigError(f"unknown {what} {value!r}. {errors.did_you_mean(str(value), choices)}")
 
 
+def _seed(text: str) -> int:
+    """The type of ``--seed``."""
+    if not text.isdecimal() or int(text) >= 2**32:
+        raise argparse.ArgumentTypeError(f"{text!r} is no seed; expected a whole number in [0, 2^32)")
+    return int(text)
+
+
 def parser() -> argparse.ArgumentParser:
     """The parser of every verb."""
     top = _Parser(prog="tunejax", description="Tune a pretrained language model.", epilog=EPILOG, allow_abbrev=False,
@@ -106,7 +113,7 @@ def _merge(sub: argparse.ArgumentParser) -> None:
         help="what is combined: what the adapters hold, as HF PEFT does, or how the weights changed, as the papers do",
     )
     sub.add_argument("--rank", type=int, help="with --of weights: keep kernels as products of this rank (by SVD)")
-    sub.add_argument("--seed", type=int, default=0, help="of what dare_* drops")
+    sub.add_argument("--seed", type=_seed, default=0, help="of what dare_* drops")
 
 
 def _shrink(sub: argparse.ArgumentParser) -> None:
@@ -118,9 +125,9 @@ def _shrink(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--length", type=int, default=64, help="tokens of its rows (default 64)")
     sub.add_argument("--parameters", type=float, help="of a supernet: search the best mixture of sizes with this part")
     sub.add_argument("--flops", type=float, help="the same, by the part of a forward pass's FLOPs a token")
-    sub.add_argument("--evaluations", type=int, default=50, help="mixtures that the search tries (default 50)")
-    sub.add_argument("--metric", default="loss", help="score of the held-out rows that it goes by (default loss)")
-    sub.add_argument("--seed", type=int, default=0, help="of what it tries")
+    sub.add_argument("--evaluations", type=int, help="mixtures that the search tries (default 50)")
+    sub.add_argument("--metric", help="score of the held-out rows that it goes by (default loss)")
+    sub.add_argument("--seed", type=_seed, help="of what it tries (default 0)")
 
 
 def _generate(sub: argparse.ArgumentParser) -> None:
@@ -138,7 +145,7 @@ def _generate(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--top-k", type=int)
     sub.add_argument("--top-p", type=float)
     sub.add_argument("--min-p", type=float)
-    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--seed", type=_seed, default=0)
     types = ["float32", "bfloat16", "float16"]
     sub.add_argument("--dtype", choices=types, default="float32", help="of a model that is no run")
 

@@ -110,6 +110,41 @@ def test_a_site_needs_a_kernel():
         shift("s", "/norm/scale").init(KEY, tiny.params())
 
 
+def ones(k):
+    return jnp.ones((*k.shape[:-2], k.shape[-1]))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"new": lambda key, k: ones(k)}, "new returned an array, expected arrays by name, or a Site of such"),
+        ({"new": lambda key, k: methods.Site(ones(k))}, "new returned Site, expected arrays by name"),
+        ({"new": lambda key, k: None}, "new returned NoneType"),
+        ({"shared": lambda key, sites: jnp.ones(3)}, "shared returned an array"),
+        ({"axes": {"s": ("inn", "out")}}, r"axes of 's' has 'inn'; expected 'in', 'out' or None. Did you mean 'in'"),
+        ({"axes": {"ss": ("out",)}}, r"axes names 'ss', and there is no such array. Did you mean 's'"),
+        ({"rates": {"ss": 2.0}}, r"rates names 'ss', and there is no such array. Did you mean 's'"),
+        (
+            {"wrap": lambda k, a, ctx: None},
+            "wrap returned NoneType at layers/0/attention/q/kernel, expected an operator",
+        ),
+        (
+            {"new": lambda key, k: {"s": ones(k).astype(int)}},
+            "layers/0/attention/q/kernel/s is to train and of type int",
+        ),
+    ],
+)
+def test_mistakes_in_a_method_of_ones_own_name_it(change, said):
+    own = {"new": lambda key, k: {"s": ones(k)}, "wrap": lambda k, a, ctx: k, **change}
+
+    def used():
+        method = methods.per_site("own", "attention/q/kernel", **own)
+        method.bind(tiny.params(), method.init(KEY, tiny.params()).train, {}, Context())
+
+    with pytest.raises(errors.ConfigError, match=f"method 'own': {said}"):
+        used()
+
+
 def test_a_start_is_what_init_returns():
     other = methods.method("mine", lambda key, params: {"w": jnp.ones(3)}, lambda params, *_: params)
     with pytest.raises(errors.ConfigError, match="method 'mine': init returned dict, expected a Start"):

@@ -4,7 +4,7 @@ import tiny
 from tiny import hole, shift
 
 from tunejax.core import method as methods
-from tunejax.core import table
+from tunejax.core import rates, table
 from tunejax.methods import registry
 
 PARAMS = 31 * 16 * 2 + 16 + 3 * (2 * 16 + 2 * 16 * 16 + 2 * 16 * 8 + 3 * 16 * 24)
@@ -44,7 +44,7 @@ def test_of_a_masked_difference_what_the_mask_lets_through_counts():
         masked = {**spec, "targets": "mlp/{up,gate}/kernel", "density": 0.25}
         made = registry.build([masked, {"name": "full", "targets": "/norm/scale"}])
         start = jax.eval_shape(made.init, jax.random.key(0), p)
-        t = table.table(p, methods.learning(made, start.train), start.edits)
+        t = table.table(p, rates.learning(made, start.train), start.edits)
         assert (t.trained, t.added) == (size // 4 + 16, 0)
         assert t.share == (size // 4 + 16) / PARAMS
         assert {r.module: r.trained for r in t.rows}["layers/mlp/up"] == size // 8

@@ -1,5 +1,6 @@
 """The code of docs/add_a_method.md, run as a user would."""
 
+import json
 import re
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import yaml
 
 from tunejax.core import paths
 from tunejax.core.method import Context, chain
+from tunejax.interop import peft
 from tunejax.methods import lora, registry
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "add_a_method.md"
@@ -83,3 +85,19 @@ def test_the_examples_chain(tmp_path, monkeypatch):
         start = both.init(jax.random.key(0), p)
         bound = tiny.outputs(m, both.bind(p, start.train, start.state, Context()))
         np.testing.assert_allclose(bound, tiny.outputs(m, p), atol=1e-6)
+
+
+def test_a_form_that_is_reused_needs_no_argument_of_its_first_owner(tmp_path, monkeypatch):
+    """The document's LoRA has no dropout and no other scale; PEFT's defaults say the same."""
+    built(0, "my_method.py", tmp_path, monkeypatch)
+    with (tmp_path / "my_method.py").open("a") as file:
+        file.write("\nfrom tunejax.core import low_rank\nPEFT, PRODUCT = low_rank.PEFT, low_rank.PRODUCT\n")
+    spec = {"name": "my_method.py:my_lora", "rank": 4}
+    method, p = registry.build(spec), tiny.params()
+    start = method.init(jax.random.key(0), p)
+    tuned = peft.Tuned([spec], method, p, start.train, start.state)
+    peft.write(tmp_path / "out", tuned, tiny.LLAMA, head="lm", base_name="x")
+    settings = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert (settings["r"], settings["lora_alpha"], settings.get("lora_dropout", 0.0)) == (4, 16.0, 0.0)
+    _, arguments, module = registry.resolved(spec)
+    assert module.PRODUCT.scale(arguments) == 4.0

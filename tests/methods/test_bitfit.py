@@ -49,6 +49,22 @@ def test_some_may_be_taken_away():
     assert set(every) - set(some) == {"pooler/bias", "classifier/bias"}
 
 
+@pytest.mark.parametrize(
+    ("targets", "said"),
+    [
+        (["attention/q/bias", "atention/k/bias"], "'atention/k/bias' matches no bias. Did you mean .*attention/k/bias"),
+        (["bias", "!atention/**"], "'!atention/[*][*]' matches no bias"),
+        (["bias", "!mpl/up/bias"], "'!mpl/up/bias' matches no bias. Did you mean .*mlp/up/bias"),
+        (["mlp/**", "norm/bias"], "'norm/bias' matches no bias"),
+        (["bias", "!bias"], "take away all that they match"),
+    ],
+)
+def test_every_pattern_matches_a_bias(targets, said):
+    """Norms without a bias are given none."""
+    with pytest.raises(errors.TargetError, match=said):
+        bitfit.bitfit(targets).init(KEY, tiny.params())
+
+
 def test_nothing_to_train_is_an_error():
     with pytest.raises(errors.TargetError, match="fill_empty: true"):
         bitfit.bitfit(fill_empty=False).init(KEY, tiny.params())

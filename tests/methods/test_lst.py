@@ -179,6 +179,11 @@ def test_above_other_methods_and_what_is_refused():
         registry.build([SPEC, SPEC]).init(KEY, p)
     with pytest.raises(errors.ConfigError, match="at least 1"):
         registry.build({**SPEC, "reduction_factor": 0})
+    for factor, said in ((3, "embed_dim is 16"), (1000, "embed_dim is 16"), (16, "mlp_dim is 24")):
+        with pytest.raises(
+            errors.ConfigError, match=f"lst: reduction_factor is {factor}, and {said}; expected one that"
+        ):
+            jax.eval_shape(registry.build({**SPEC, "reduction_factor": factor}).init, KEY, p)
     method = registry.build({**SPEC, "reduction_factor": 4})
     with pytest.raises(errors.ConfigError, match=r"by 4, which .*head_dim 4"):
         jax.eval_shape(

@@ -26,6 +26,24 @@ def not_one():
 def preset(rank: int = 2):
     return [{"name": "lora", "rank": rank}, "bitfit"]
 
+def loop(file: str):
+    return [{"name": f"{file}:loop", "file": file}]
+
+def one(file: str):
+    return ["bitfit", {"name": f"{file}:behind", "file": file}]
+
+def behind(file: str):
+    return [{"name": "gated", "method": {"name": f"{file}:one", "file": file}}]
+
+def less(file: str, n: int = 2):
+    return ["bitfit", *([{"name": f"{file}:less", "file": file, "n": n - 1}] if n else [])]
+
+def perhaps(inner: Method | None = None):
+    return inner or ["bitfit"]
+
+def hinted(x: method.nothing = 3):
+    return ["bitfit"]
+
 def around(inner: Method, size: int = 1):
     return inner._replace(name=f"around_{inner.name}")
 """
@@ -84,10 +102,31 @@ def test_what_is_no_kernel_is_refused(name, target):
         ({"name": "lora", "rank": "8"}, "rank: expected a valid integer, found '8'"),
         ({"name": "lora", "rank": 8.5}, "rank: expected"),
         ({"name": "lora", "targets": 3}, "targets: expected a valid string or a valid list, found 3"),
-        ({"name": "lora", "rank": 4, "r": 4}, "another word for 'rank'"),
+        ({"name": "lora", "rank": 4, "r": 4}, "'rank' and 'r' are words for one argument; give one of them"),
+        (
+            {"name": "lora", "target_modules": "q_proj", "targets": "x"},
+            "'target_modules' and 'targets' are words for one",
+        ),
         ({"name": "lora", "rank": -1}, "at least 1"),
         ({"name": "last_k"}, "k: required"),
         ({"name": "lora", "layers_to_transform": [0, 2]}, "[0, 2] is no run of layers"),
+        ({"name": "lora", "layers_to_transform": [0, "a"]}, "[0, 'a'] is no run of layers"),
+        ({"name": "vera", "seed": 10**23}, "vera: seed is 100000000000000000000000; it must lie in [0, 2^32)"),
+        ({"name": "vera", "seed": -1}, "vera: seed is -1"),
+        (
+            {"name": "houlsby", "reduction_factor": float("nan")},
+            "houlsby: reduction_factor is nan; it must be a positive",
+        ),
+        ({"name": "compacter", "reduction_factor": float("inf")}, "compacter: reduction_factor is inf"),
+        ({"name": "lst", "temperature": float("nan")}, "temperature nan; they must be at least 1 and positive"),
+        ({"name": "p_tuning", "dropout": 0.1}, "p_tuning: dropout is of encoder: lstm, and encoder is 'mlp'"),
+        ({"name": "p_tuning", "lstm_layers": 3}, "p_tuning: lstm_layers is of encoder: lstm"),
+        (
+            {"name": "prompt_tuning", "init": "vocab", "init_range": 0.1},
+            "init_range is of init: random, and init is 'vocab'",
+        ),
+        ({"name": "prompt_tuning", "init_text": [-1, 2]}, "prompt_tuning: init_text has the id -1"),
+        ({"name": "mam", "project": False, "hidden": 77}, "mam: hidden is 77, the inner width of project: true"),
         ({"rank": 3}, "a mapping with a name"),
         ([], "the list is empty"),
         ({"name": "nowhere.py:f"}, "no file nowhere.py"),
@@ -148,6 +187,16 @@ def test_a_file_of_ones_own(tmp_path):
     for wrong, said in ((3, "inner: expected"), ({"name": "lorra"}, "Did you mean 'lora'")):
         with pytest.raises(errors.ConfigError, match=said):
             registry.build({**around, "inner": wrong})
+    for name in ("loop", "one", "behind"):
+        with pytest.raises(errors.ConfigError, match="names itself"):
+            registry.build({"name": f"{file}:{name}", "file": str(file)})
+    assert len(registry.build({"name": f"{file}:less", "file": str(file)}).parts) == 3
+    assert registry.build(f"{file}:perhaps").name == "bitfit"
+    assert registry.build({"name": f"{file}:perhaps", "inner": {"name": "lora", "rank": 2}}).name == "lora"
+    assert registry.build({"name": f"{file}:perhaps", "inner": None}).name == "bitfit"
+    with pytest.raises(errors.ConfigError, match=r"inner: expected .*found 3"):
+        registry.build({"name": f"{file}:perhaps", "inner": 3})
+    assert registry.build({"name": f"{file}:hinted", "x": 3}).name == "bitfit"
     with pytest.raises(errors.ConfigError, match="returned int"):
         registry.build({"name": f"{file}:not_one"})
     file.write_text("import nothing_of_that_name", encoding="utf-8")
@@ -166,3 +215,20 @@ def test_methods_are_imported_when_asked_for():
         "registry.build('bitfit'); assert 'tunejax.methods.lora' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_what_a_run_keeps_is_found_behind_a_preset():
+    """A preset is several parts of the chain, and one of the list."""
+    arrays = {"down": np.ones((1, 2, 4, 3)), "down_bias": np.ones((1, 2, 3)), "up": np.ones((1, 2, 3, 4))}
+    state = {"layers/0/mlp/down/kernel": {**arrays, "up_bias": np.ones((1, 2, 4))}}
+    fusion = {"name": "adapter_fusion", "adapters": ["gone/a", "gone/b"]}
+    none = lambda: pytest.fail("nothing takes from other runs")  # noqa: E731
+    assert registry.with_kept([{"name": "mam"}, "bitfit"], none) == [{"name": "mam"}, {"name": "bitfit"}]
+    for specs, keys in (
+        ([{"name": "mam"}, fusion], ["2:adapter_fusion"]),
+        ([fusion, {"name": "mam"}, fusion], ["0:adapter_fusion", "3:adapter_fusion"]),
+        ([*[{"name": "mam"}] * 5, fusion], ["10:adapter_fusion"]),
+    ):
+        kept = [s for s in registry.with_kept(specs, lambda keys=keys: dict.fromkeys(keys, state)) if "adapters" in s]
+        assert [len(s["adapters"]) for s in kept] == [2] * len(keys)
+        assert all(not isinstance(a, str) for s in kept for a in s["adapters"])

@@ -51,6 +51,24 @@ def test_overrides_may_stand_after_an_option(monkeypatch):
     assert seen[0].rows == 3
 
 
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["generate", "embedded", "--seed", "99999999999999999999"], "--seed: '99999999999999999999' is no seed"),
+        (["merge", "a", "b", "--output", "c", "--seed", "-1"], "--seed: '-1' is no seed; expected a whole number in"),
+        (["generate", "embedded", "--prompt", "x", "--adapter-ids", "0"], "give --adapters RUN RUN"),
+        (["shrink", "a", "b", "--metric", "loss"], "--metric is of the search that --parameters or --flops asks for"),
+        (["shrink", "a", "b", "--evaluations", "50"], "--evaluations is of the search"),
+        (["shrink", "a", "b", "--seed", "0"], "--seed is of the search"),
+        (["merge", "a", "b", "--output", "c", "--weights", "nan", "1"], "--weights nan 1: expected finite numbers"),
+    ],
+)
+def test_a_flag_without_effect_or_meaning_is_told(args, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(args) == 2
+    assert said in capsys.readouterr().err
+
+
 def failing(error):
     def main(args):
         raise error

@@ -11,8 +11,9 @@ import yaml
 
 from tunejax import cli, plots
 from tunejax.config import compare as config
+from tunejax.config import load
 from tunejax.core import errors
-from tunejax.recipes import compare, page, standings, train
+from tunejax.recipes import compare, folder, latency, page, standings, train
 
 OWN = """
 from tunejax.core import method
@@ -281,6 +282,72 @@ def test_other_held_out_rows_are_told():
     notes = standings.Standings("x", section(), made, []).notes()
     assert "Methods were measured on different held-out rows (a 4, b 4, c 3): do not compare their quality." in notes
     assert len(standings.Standings("x", section(), made[:2], []).notes()) == len(notes) - 1
+
+
+def test_answers_that_were_drawn_in_other_ways_are_told():
+    raw = {"output_dir": "x", "data": {"path": "x.jsonl"}, "method": "full"}
+    ways = [{}, {"generation": {"temperature": 0.5}}, {"evaluation": {"max_rows": 50}}, {"train": {"max_steps": 3}}]
+    asked = [standings.how_asked(load.check(raw | way)) for way in ways]
+    assert asked[0] == asked[3] == "200 rows at most, max_new_tokens 64, temperature 0"
+    made = [standings.Outcome("a", n, "finished", asked=text) for n, text in enumerate(asked)]
+    notes = standings.Standings("x", section(), made, []).notes()
+    [told] = [n for n in notes if "do not compare their quality" in n]
+    assert "(200 rows at most, max_new_tokens 64, temperature 0: a, seed 0, a, seed 3; " in told
+    assert "; 50 rows at most, max_new_tokens 64, temperature 0: a, seed 2)" in told
+    assert len(standings.Standings("x", section(), [made[0], made[3]], []).notes()) == len(notes) - 1
+
+
+def test_a_metric_that_is_no_number_is_a_failure(tmp_path):
+    run = config.Run("a", 0, load.check({"output_dir": str(tmp_path), "data": {"path": "x"}, "method": "full"}))
+    folder.write_json(tmp_path / "summary.json", {"eval_accuracy": float("nan"), "train_seconds": 1.0})
+    assert '"eval_accuracy": null' in (tmp_path / "summary.json").read_text()
+    folder.write_rows(tmp_path / "metrics.jsonl", [])
+    found = standings.outcome(run, section(target=0.5))
+    assert (found.status, found.reason, found.seconds_to_target) == ("failed", "eval_accuracy is nan", None)
+
+
+def test_a_run_keeps_how_its_answers_were_drawn(tmp_path):
+    raw = {"output_dir": str(tmp_path), "data": {"path": "x"}, "method": "full"}
+    before, now = (load.check(raw | {"evaluation": {"max_rows": n}}) for n in (50, 200))
+    folder.begin(before)
+    folder.write_json(tmp_path / "summary.json", {"eval_exact_match": 0.5, "eval_accuracy": 0.5})
+    folder.write_rows(tmp_path / "metrics.jsonl", [])
+    for metric, asked in (("exact_match", "50 rows at most, max_new_tokens 64, temperature 0"), ("accuracy", "")):
+        judged = config.CompareSection(methods={"a": "full"}, metric=metric)
+        assert standings.outcome(config.Run("a", 0, now), judged).asked == asked
+
+
+def test_a_budget_of_latency_is_measured_once_for_all_seeds(tmp_path, monkeypatch):
+    """What one seed's run was begun with holds for the others."""
+    budget = [{"name": "full"}, {"name": "shrink", "latency": 0.5, "keep": ["mlp"]}]
+    comparison = config.load_comparison(make(tmp_path, methods={"small": budget, "full": "full"}))
+    seen = []
+
+    def measured(_, spec):
+        seen.append(spec)
+        return {**spec, "keep": {"mlp": 0.4}}
+
+    monkeypatch.setattr(latency, "_measured", measured)
+    runs = compare.resolved(comparison).runs
+    assert [r.config.method[1]["keep"] for r in runs[:2]] == [{"mlp": 0.4}] * 2
+    assert [r.config.method for r in runs[2:]] == [{"name": "full"}] * 2
+    assert len(seen) == 1
+    other = [budget[0], {**budget[1], "keep": {"mlp": 0.3}}]
+    folder.begin(runs[1].config.model_copy(update={"method": other}))
+    assert [r.config.method[1]["keep"] for r in compare.resolved(comparison).runs[:2]] == [{"mlp": 0.3}] * 2
+    assert len(seen) == 1
+
+
+def test_a_long_warm_up_is_no_mistake(world):
+    changes = ["train.max_steps=20000", "train.warmup_steps=2000", f"output_dir={world[0] / 'long'}"]
+    run = config.load_comparison(world[0] / "cmp.yaml", changes).runs[0]
+    compare.check_method(run.config, "eval_loss")
+
+
+def test_weights_say_how_many_classes_there_are_before_the_rows_do(world, tmp_path):
+    changes = [*worlds.classified(tmp_path), "objective.class_weights=[1, 2, 3]", f"output_dir={tmp_path / 'out'}"]
+    run = config.load_comparison(world[0] / "cmp.yaml", changes).runs[0]
+    compare.check_method(run.config, "eval_accuracy")
 
 
 def test_units():

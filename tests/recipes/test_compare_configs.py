@@ -83,3 +83,15 @@ def test_a_comparison_that_a_signal_ended_is_no_success(monkeypatch):
     monkeypatch.setattr(run.subprocess, "run", lambda *a, **k: SimpleNamespace(returncode=next(codes)))
     monkeypatch.setattr(sys, "argv", ["run.py"])
     assert run.main() == 9
+
+
+@pytest.mark.parametrize("limit", ["0", "-3", "ten"])
+def test_a_trial_has_steps(limit, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(ROOT / "experiments" / "peft"))
+    import run
+
+    monkeypatch.setattr(sys, "argv", ["run.py", "--limit", limit])
+    monkeypatch.setattr(run.subprocess, "run", lambda *a, **k: pytest.fail("nothing is run"))
+    with pytest.raises(SystemExit):
+        run.main()
+    assert f"{limit!r} is no number of steps; expected 1 or more" in capsys.readouterr().err

@@ -1,5 +1,8 @@
 """The run folder: whose it is, what may change, and files that are whole or not there."""
 
+import json
+import math
+
 import pytest
 
 from tunejax import plots
@@ -22,6 +25,28 @@ def test_the_same_config_resumes_and_another_is_told_what_differs(tmp_path):
     assert folder.claim(config(out, progress=False, report_to="none")) == out
     with pytest.raises(errors.ConfigError, match=r"train.learning_rate: 0.0002 there, 0.5 now"):
         folder.claim(config(out, learning_rate=0.5))
+
+
+def test_a_student_that_writes_as_long_as_samples_are_keeps_that_length(tmp_path):
+    def student(length, **on_policy):
+        distill = {"teacher": "base", "alpha": 0.0, "on_policy": on_policy}
+        more = {"distill": distill, "generation": {"max_new_tokens": length, "num_samples": length}}
+        return load.check(config(tmp_path / str(len(on_policy))).model_dump(mode="json") | more)
+
+    folder.begin(student(8))
+    with pytest.raises(errors.ConfigError, match=r"generation.max_new_tokens: 8 there, 3 now") as caught:
+        folder.claim(student(3))
+    assert "num_samples" not in str(caught.value)
+    folder.begin(student(8, max_new_tokens=5))
+    folder.claim(student(3, max_new_tokens=5))
+
+
+def test_what_json_has_no_word_for_is_null(tmp_path):
+    numbers = {"loss": math.nan, "top": (1.0, math.inf), "deep": {"x": -math.inf, "n": 2}, "text": "NaN"}
+    folder.write_json(tmp_path / "x.json", numbers)
+    found = json.loads((tmp_path / "x.json").read_text(), parse_constant=pytest.fail)
+    assert found == {"loss": None, "top": [1.0, None], "deep": {"x": None, "n": 2}, "text": "NaN"}
+    assert math.isnan(folder.read_numbers(tmp_path / "x.json")["loss"])
 
 
 def test_what_is_no_run_folder_is_left_alone(tmp_path):

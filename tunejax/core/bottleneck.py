@@ -101,12 +101,12 @@ def width_of(name: str, dim: int, width: int | None, reduction_factor: float) ->
     """The inner width: as told, or the outer one ``dim`` over the reduction factor, at least 1.
 
     Raises:
-      ConfigError: a width below 1, a factor that is not positive.
+      ConfigError: a width below 1, a factor that is no positive number.
     """
     if width is not None and width < 1:
         raise errors.ConfigError(f"{name}: width is {width}; it must be at least 1")
-    if reduction_factor <= 0:
-        raise errors.ConfigError(f"{name}: reduction_factor is {reduction_factor}; it must be positive")
+    if not 0 < reduction_factor < math.inf:
+        raise errors.ConfigError(f"{name}: reduction_factor is {reduction_factor}; it must be a positive number")
     return width if width is not None else max(1, int(dim / reduction_factor))
 
 

@@ -174,7 +174,7 @@ def _fuse(
             b[row : row + rank, column : column + width] = part["b"]
             row += rank
         column += width
-    alpha = arguments["alpha"] * (math.sqrt(grown) if arguments["rslora"] else grown)
+    alpha = arguments["alpha"] * (math.sqrt(grown) if arguments.get("rslora") else grown)
     return {"a": np.concatenate([p["a"] for p in there], axis=1), "b": b}, {"rank": rank * grown, "alpha": alpha}
 
 
@@ -194,7 +194,7 @@ PEFT = portable.Form(
 
 PRODUCT = combine.Product(
     factors=lambda arrays: combine.Factors(arrays["a"], arrays["b"]),
-    scale=lambda arguments: scale_of(arguments["alpha"], arguments["rank"], arguments["rslora"]),
+    scale=lambda arguments: scale_of(arguments["alpha"], arguments["rank"], arguments.get("rslora", False)),
     scaled=("b",),
     varies=("rank", "alpha", "rslora"),
     plain=lambda rank: {"name": "lora", "rank": rank, "alpha": float(rank)},

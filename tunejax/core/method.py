@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from tunejax.core import errors, operators, paths, table
+from tunejax.core import errors, operators, paths
 from tunejax.core.paths import Leaf, Params, Path
 
 PyTree = Any
@@ -94,31 +94,9 @@ class Method(NamedTuple):
     density: float | None = None
 
 
-def learning(tuned: Method, train: PyTree) -> PyTree:
-    """What of ``train`` counts as trained, as `core.table` wants it.
-
-    Leaves whose rate is 0 do not: probes, there for their gradients alone. Of a masked difference only what the mask
-    lets through does, as `table.Entries`.
-    """
-    if tuned.parts:
-        return {k: learning(m, train[k]) for k, m in zip(keys(tuned.parts), tuned.parts, strict=True)}
-    if tuned.density is not None:
-        return {p: table.Entries(tuned.density * jax.tree.leaves(x)[0].size) for p, x in train.items()}
-    return jax.tree.map(lambda x, rate: x if rate else None, train, tuned.rates(train))
-
-
 def keys(parts: Iterable[Method]) -> list[str]:
     """What a chain of ``parts`` calls the tree of each: "<position>:<name>"."""
     return [f"{i}:{m.name}" for i, m in enumerate(parts)]
-
-
-def at_rate(tuned: Method, scale: float) -> Method:
-    """``tuned`` with every learning rate multiplied by ``scale``, decay included (arXiv:1801.06146, section 3.2)."""
-    if scale == 1:
-        return tuned
-    if tuned.parts:
-        return chain(*(at_rate(m, scale) for m in tuned.parts))
-    return tuned._replace(rates=lambda train: jax.tree.map(lambda rate: scale * rate, tuned.rates(train)))
 
 
 def method(
@@ -141,7 +119,7 @@ def method(
     """A `Method` from the two functions that every one has; the others default to keeping, to 0 and to densifying.
 
     Raises (from init):
-      ConfigError: ``init`` returned something else than a `Start`.
+      ConfigError: ``init`` returned something else than a `Start`, or trains an array of whole numbers.
     """
 
     def merge_bound(params: Params, train: PyTree, state: PyTree) -> Params:
@@ -151,6 +129,12 @@ def method(
         found = init(key, params)
         if not isinstance(found, Start):
             raise errors.ConfigError(f"method {name!r}: init returned {type(found).__name__}, expected a Start")
+        for where, x in jax.tree.leaves_with_path(found.train):
+            if not jnp.issubdtype(x.dtype, jnp.floating):
+                at = jax.tree_util.keystr(where, simple=True, separator="/")
+                raise errors.ConfigError(
+                    f"method {name!r}: {at} is to train and of type {x.dtype}; expected float32, or to keep it in state"
+                )
         return found
 
     return Method(
@@ -277,6 +261,9 @@ class Site(NamedTuple):
     state: dict[str, Any] = {}  # noqa: RUF012
 
 
+AXES = ("in", "out", None)
+"""What `per_site`'s ``axes`` may say of an axis."""
+
 SHARED = "shared"
 """Where a `per_site` method's train and state hold what all its sites share; elsewhere they are keyed by path."""
 
@@ -309,14 +296,26 @@ def per_site(
       rates: name of an array -> what its learning rate is multiplied by.
       kernels: whether ``targets`` must be kernels of linear layers; anything else that matched is then a TargetError.
       **others: further fields of `method`.
+
+    Raises:
+      ConfigError: an axis that is neither "in" nor "out"; from init and bind: ``new``, ``shared`` or ``wrap`` returned
+        something else, or ``axes`` or ``rates`` name an array that is not there.
     """
+    for array, along in (axes or {}).items():
+        for axis in along:
+            if axis not in AXES:
+                near = errors.did_you_mean(str(axis), [a for a in AXES if a])
+                raise errors.ConfigError(
+                    f"method {name!r}: axes of {array!r} has {axis!r}; expected 'in', 'out' or None. {near}"
+                )
 
     def init(key: Any, params: Params) -> Start:
         sites = paths.select(params, targets, layers=layers).leaves
         if kernels:
             paths.check_kernels(name, sites)
         made = {p: _begun(name, new, path_key(key, p), p, kernel) for p, kernel in sites.items()}
-        common = _as_site(shared(path_key(key, SHARED), sites) if shared else {})
+        common = _as_site(name, "shared", shared(path_key(key, SHARED), sites) if shared else {})
+        _check_named(name, [*made.values(), common], axes or {}, rates or {})
         train = {p: s.train for p, s in made.items()} | ({SHARED: common.train} if common.train else {})
         state = {p: s.state for p, s in {**made, SHARED: common}.items() if s.state}
         return Start(train=train, state=state)
@@ -328,6 +327,10 @@ def per_site(
             if p != SHARED:
                 own = ctx._replace(key=path_key(ctx.key, p) if ctx.train else None)
                 wrapped[p] = wrap(paths.get(params, p), {**common, **arrays, **state.get(p, {})}, own)
+                if not (operators.is_operator(wrapped[p]) or operators.is_array(wrapped[p])):
+                    raise errors.ConfigError(
+                        f"method {name!r}: wrap returned {type(wrapped[p]).__name__} at {p}, expected an operator"
+                    )
         return paths.replace(params, wrapped)
 
     def site_axes(model_axes: Mapping[Path, Axes], train: PyTree) -> PyTree:
@@ -346,7 +349,7 @@ def per_site(
 def _begun(name: str, new: Callable[[Any, Any], dict[str, Any] | Site], key: Any, path: Path, kernel: Any) -> Site:
     """What ``new`` makes at ``path``. Raises TargetError where that starts from the values of what has none."""
     try:
-        return _as_site(new(key, kernel))
+        return _as_site(name, "new", new(key, kernel))
     except errors.NotLinear:
         raise errors.TargetError(
             f"{name} starts from the values of {path}, and what a method before it put there is no kernel; "
@@ -354,8 +357,23 @@ def _begun(name: str, new: Callable[[Any, Any], dict[str, Any] | Site], key: Any
         ) from None
 
 
-def _as_site(made: dict[str, Any] | Site) -> Site:
-    return made if isinstance(made, Site) else Site(made)
+def _as_site(name: str, function: str, made: dict[str, Any] | Site) -> Site:
+    site = made if isinstance(made, Site) else Site(made)
+    if not all(isinstance(arrays, Mapping) for arrays in site):
+        found = "an array" if operators.is_array(made) else type(made).__name__
+        raise errors.ConfigError(
+            f"method {name!r}: {function} returned {found}, expected arrays by name, or a Site of such"
+        )
+    return site
+
+
+def _check_named(name: str, made: list[Site], axes: Mapping[str, Any], rates: Mapping[str, Any]) -> None:
+    """Raises ConfigError where ``axes`` or ``rates`` name what no site has: it would be without effect."""
+    train, state = {k for s in made for k in s.train}, {k for s in made for k in s.state}
+    for argument, given, there in (("axes", axes, train | state), ("rates", rates, train)):
+        for array in [k for k in given if k not in there]:
+            near = errors.did_you_mean(array, there)
+            raise errors.ConfigError(f"method {name!r}: {argument} names {array!r}, and there is no such array. {near}")
 
 
 def _site_axes(kernel: Axes | None, arrays: dict[str, Any], axes: Mapping[str, Axes]) -> dict[str, Axes]:

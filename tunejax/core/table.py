@@ -54,7 +54,7 @@ def table(params: Mapping[str, Any], train: Any = None, edits: Mapping[str, Any]
 
     Args:
       params: nested dict of arrays, or of their ShapeDtypeStructs.
-      train, edits: of the method's `Start`, the former as `core.method.learning` gives it. A leaf of train kept under
+      train, edits: of the method's `Start`, the former as `core.rates.learning` gives it. A leaf of train kept under
         a model path counts there; others are "other".
     """
     flat = paths.flatten(params)

@@ -245,7 +245,7 @@ def _adapter(parts: list[_Part], world: World) -> tuple[dict[str, np.ndarray], d
     for path, x in world.under.items():
         place = world.places[Site(path, modules.OUTSIDE)]
         tensors[f"{PREFIX}{place.module}{BASE}{place.name}"] = np.asarray(x.T if place.transpose else x)
-    settings = {theirs: first.arguments[k] for k, theirs in form.entries.items()}
+    settings = {theirs: first.arguments[k] for k, theirs in form.entries.items() if k in first.arguments}
     flags = {k: v[0] if isinstance(v, tuple) else v for k, v in form.flags.items()}
     settings |= {"peft_type": form.peft_type, "target_modules": list(targeted), **flags, **patterns}
     settings |= form.settings(targeted)

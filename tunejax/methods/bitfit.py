@@ -22,33 +22,37 @@ def bitfit(targets: str | list[str] = "bias", fill_empty: bool = True, layers: s
 
     Raises:
       ConfigError: no targets.
-      TargetError (from init): nothing matched, or what matched is no bias.
+      TargetError (from init): a pattern that matches no bias, or nothing is left.
     """
     named = [targets] if isinstance(targets, str) else list(targets)
     if not named:
         raise errors.ConfigError("bitfit: the list of targets is empty; 'bias' is every one")
 
     def init(key: Any, params: Params) -> Start:
-        present = _matching(params, named, layers, empty=False)
-        added = _matching(params, named, layers, empty=True) if fill_empty else {}
-        zeros = {p: z for p in added if p.startswith("layers/") and (z := _zeros(params, p)) is not None}
-        if not present and not zeros:
-            raise errors.TargetError(_nothing(params, named, fill_empty))
-        train = {p: x.astype(jnp.float32) for p, x in present.items()}
-        return Start(dict.fromkeys(present), {**train, **zeros})
+        present, zeros = _there(params, layers, fill_empty)
+        every = {**{p: x.astype(jnp.float32) for p, x in present.items()}, **zeros}
+        for pattern in named:
+            if not any(paths.matches(pattern.lstrip("!"), p) for p in every):
+                raise errors.TargetError(_nothing(pattern, list(every), fill_empty))
+        train = {p: x for p, x in every.items() if paths.chosen(named, p)}
+        if not train:
+            raise errors.TargetError(f"bitfit: targets {', '.join(map(repr, named))} take away all that they match")
+        return Start(dict.fromkeys(p for p in train if p in present), train)
 
     return methods.method(
         "bitfit", init, methods.fill, cuts=lambda depth: methods.layer_cuts(layers, depth), targets=tuple(named)
     )
 
 
-def _matching(params: Params, patterns: list[str], layers: str | int | None, *, empty: bool) -> dict[Path, Any]:
-    flat = {p: x for p, x in paths.flatten(params).items() if p.endswith("bias") and (x is None) == empty}
-    hit = {p: x for p, x in flat.items() if paths.chosen(patterns, p)}
-    if layers is None or not hit:
-        return hit
-    inside = paths.select(params, "/layers/**", layers=layers, empty=empty).leaves
-    return {p: x for p, x in hit.items() if p in inside}
+def _there(params: Params, layers: str | int | None, fill_empty: bool) -> tuple[dict[Path, Any], dict[Path, Any]]:
+    """The biases that these layers have, and zeros for those that can be filled; both by path."""
+    flat = {p: x for p, x in paths.flatten(params).items() if p.endswith("bias")}
+    if layers is not None:
+        inside = [paths.select(params, "/layers/**", layers=layers, empty=e).leaves for e in (False, True)]
+        flat = {p: x for p, x in flat.items() if any(p in leaves for leaves in inside)}
+    empty = [p for p, x in flat.items() if x is None and p.startswith("layers/") and fill_empty]
+    zeros = {p: z for p in empty if (z := _zeros(params, p)) is not None}
+    return {p: x for p, x in flat.items() if x is not None}, zeros
 
 
 def _zeros(params: Mapping[str, Any], path: Path) -> Any:
@@ -60,8 +64,7 @@ def _zeros(params: Mapping[str, Any], path: Path) -> Any:
     return jnp.zeros((*lead, fan_out), jnp.float32)
 
 
-def _nothing(params: Params, patterns: list[str], fill_empty: bool) -> str:
-    there = [p for p, x in paths.flatten(params).items() if p.endswith("bias") and (x is not None or fill_empty)]
+def _nothing(pattern: str, there: list[Path], fill_empty: bool) -> str:
     if not there and not fill_empty:
         return "bitfit: this model has no biases; set fill_empty: true to add them"
-    return f"bitfit: {', '.join(map(repr, patterns))} matches no bias. {errors.did_you_mean(patterns[0], there)}"
+    return f"bitfit: {pattern!r} matches no bias. {errors.did_you_mean(pattern.lstrip('!'), there)}"

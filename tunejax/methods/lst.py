@@ -31,11 +31,12 @@ def lst(reduction_factor: int = 8, temperature: float = 0.1) -> Method:
       temperature: of the gates; the smaller, the faster they choose.
 
     Raises:
-      ConfigError: a factor below 1, a temperature that is not positive; from the model: a width that is no multiple.
+      ConfigError: a factor below 1, a temperature that is not positive; from init: the model's embedding or MLP is no
+        multiple of the factor; where it runs: its heads are not.
       TargetError (from init): the model has no such slot, or another ladder stands there.
     """
     r = reduction_factor
-    if r < 1 or temperature <= 0:
+    if r < 1 or not temperature > 0:
         raise errors.ConfigError(
             f"lst: reduction_factor is {r} and temperature {temperature}; they must be at least 1 and positive"
         )
@@ -43,6 +44,7 @@ def lst(reduction_factor: int = 8, temperature: float = 0.1) -> Method:
     def init(key: Any, params: Params) -> Start:
         if ladder.SLOT not in params or params[ladder.SLOT] is not None:
             raise errors.TargetError(f"lst: no slot {ladder.SLOT!r} is empty; does another method fill it?")
+        _check(params, r)
         blocks = _narrow(params, r)
         depth, embed = paths.flatten(blocks)["attention/q/kernel"].shape[0], _embed(params)
         width = embed // r
@@ -64,6 +66,16 @@ def lst(reduction_factor: int = 8, temperature: float = 0.1) -> Method:
 
 def _embed(params: Params) -> int:
     return next(iter(params["layers"].values()))["attention"]["q"]["kernel"].shape[-2]
+
+
+def _check(params: Params, r: int) -> None:
+    """Raises ConfigError where the factor does not divide a width; a head's, which no kernel says, the model judges."""
+    mlp = next(iter(params["layers"].values()))["mlp"]["down"]["kernel"]
+    for name, width in (("embed_dim", _embed(params)), ("mlp_dim", operators.innermost(mlp).shape[-2])):
+        if width % r:
+            raise errors.ConfigError(
+                f"lst: reduction_factor is {r}, and {name} is {width}; expected one that divides it"
+            )
 
 
 def _narrow(params: Params, r: int) -> dict[str, Any]:

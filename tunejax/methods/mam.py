@@ -9,15 +9,18 @@ positions through an MLP of width 800, s = 4, and 512 of 1024 dimensions. The ad
 
 from typing import Any
 
-from tunejax.core import portable
+from tunejax.core import errors, portable
 
 ADAPTERHUB = portable.NoForm("its prefix takes no positions, and here the text's go on from the prefix's length")
+
+HIDDEN = 800
+"""Width of the prefix's MLP, as in the paper."""
 
 
 def mam(
     length: int = 30,
     project: bool = True,
-    hidden: int | None = 800,
+    hidden: int | None = HIDDEN,
     width: int | None = None,
     reduction_factor: float = 2,
     scale: float = 4.0,
@@ -34,9 +37,14 @@ def mam(
       scale: times what the adapter adds.
       layers: only these layers of the stack, as a slice: "-2:".
 
+    Raises:
+      ConfigError: the width of an MLP that is not there.
+
     Returns:
       descriptions of ``prefix_tuning`` and ``parallel_adapter``, which say what is refused.
     """
+    if not project and hidden not in (None, HIDDEN):
+        raise errors.ConfigError(f"mam: hidden is {hidden}, the inner width of project: true; leave it out")
     inner = {"hidden": hidden} if project else {}
     return [
         {"name": "prefix_tuning", "length": length, "project": project, **inner, "layers": layers},

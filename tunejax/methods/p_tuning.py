@@ -28,6 +28,8 @@ ALIASES = {
 """What PEFT calls it -> what it is here."""
 
 ENCODERS = ("mlp", "lstm")
+LAYERS = 2
+"""Of an LSTM, unless told."""
 GATES = 4
 """An LSTM's: input, forget, cell, output, in torch's order."""
 
@@ -36,7 +38,7 @@ def p_tuning(
     length: int = 20,
     encoder: str = "mlp",
     hidden: int | None = None,
-    lstm_layers: int = 2,
+    lstm_layers: int = LAYERS,
     dropout: float = 0.0,
 ) -> Method:
     """Trains the rows of virtual tokens through a network.
@@ -49,7 +51,8 @@ def p_tuning(
       dropout: between the layers of an LSTM, while training.
 
     Raises:
-      ConfigError: length, hidden or lstm_layers below 1, an unknown encoder, dropout outside [0, 1).
+      ConfigError: length, hidden or lstm_layers below 1, an unknown encoder, dropout outside [0, 1), or arguments of
+        "lstm" with another one.
       TargetError (from init): the model has no embedding table.
     """
     kind = encoder.lower()
@@ -60,6 +63,9 @@ def p_tuning(
         raise errors.ConfigError(f"p_tuning: encoder is {encoder!r}. {errors.did_you_mean(kind, ENCODERS)}")
     if not 0.0 <= dropout < 1.0:
         raise errors.ConfigError(f"p_tuning: dropout is {dropout}; it must lie in [0, 1)")
+    for name, told in (("lstm_layers", lstm_layers != LAYERS), ("dropout", dropout != 0.0)):
+        if kind != "lstm" and told:
+            raise errors.ConfigError(f"p_tuning: {name} is of encoder: lstm, and encoder is {encoder!r}; leave it out")
 
     def new(key: Any, table: Any) -> dict[str, Any]:
         embed = table.shape[-1]

@@ -24,6 +24,9 @@ ALIASES = {
 TEXTS = ("init_text",)
 """Arguments that hold text or its token ids: where a tokenizer is at hand, text becomes ids before the call."""
 
+RANGE = 0.5
+"""Of the random start, unless told."""
+
 INITS = {"random": "random", "vocab": "vocab", "sample_vocab": "vocab", "text": "text"}
 """Name of a start, PEFT's among them -> name here."""
 
@@ -36,7 +39,7 @@ def prompt_tuning(
     length: int = 20,
     init: str | None = None,
     init_text: str | list[int] | None = None,
-    init_range: float = 0.5,
+    init_range: float = RANGE,
 ) -> Method:
     """Trains the rows of virtual tokens, which stand before every example or in its template.
 
@@ -49,10 +52,13 @@ def prompt_tuning(
       init_range: of "random".
 
     Raises:
-      ConfigError: length below 1, an unknown start, or a text without a start from text and the reverse.
+      ConfigError: length below 1, an unknown start, a text without a start from text and the reverse, a range without
+        a random start, an id that the vocabulary does not have.
       TargetError (from init): the model has no embedding table.
     """
     chosen = _chosen(length, init, init_text)
+    if chosen != "random" and init_range != RANGE:
+        raise errors.ConfigError(f"prompt_tuning: init_range is of init: random, and init is {chosen!r}; leave it out")
     ids = init_text if isinstance(init_text, list) else []
 
     def new(key: Any, table: Any) -> dict[str, Any]:
@@ -87,4 +93,6 @@ def _chosen(length: int, init: str | None, text: str | list[int] | None) -> str:
         )
     if isinstance(text, str) or text == []:
         raise errors.ConfigError("prompt_tuning: init_text is text without a tokenizer, or empty; give token ids")
+    if text is not None and min(text) < 0:
+        raise errors.ConfigError(f"prompt_tuning: init_text has the id {min(text)}; ids are 0 or more")
     return chosen

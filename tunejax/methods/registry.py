@@ -12,7 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from tunejax.core import errors
+from tunejax.core import errors, rates
 from tunejax.core import method as methods
 from tunejax.core.method import Method
 
@@ -96,6 +96,7 @@ def build(
     tokenize: Callable[[str], list[int]] | None = None,
     load: Callable[[str], Any] | None = None,
     facts: Mapping[str, Any] | None = None,
+    within: tuple[Any, ...] = (),
 ) -> Method:
     """The method that a config describes: ``{name: lora, rank: 8}``, or a list of such to chain, first first.
 
@@ -109,24 +110,29 @@ def build(
       load: folder of a finished run -> (what it trained, the description of its method), for arguments that are lists
         of these folders (named in its module's LOADED). The descriptions must agree with this one (its module's AGREE).
       facts: name -> what is so of the model, for arguments that follow from it (its module's FACTS) and are not given.
+      within: the descriptions of the presets that this is part of.
 
     Raises:
-      ConfigError: unknown name, unknown or missing argument, wrong type: with what was found and the nearest choice.
+      ConfigError: unknown name, unknown or missing argument, wrong type: with what was found and the nearest choice; a
+        preset that names itself.
     """
     listed = [specs] if isinstance(specs, Mapping | str) else list(specs)
     if not listed:
         raise errors.ConfigError(f"method: the list is empty; name at least one of {', '.join(NAMES)}")
-    return methods.chain(*(_one(s, tokenize, load, facts) for s in listed))
+    return methods.chain(*(_one(s, tokenize, load, facts, within) for s in listed))
 
 
-def _one(spec: Mapping[str, Any] | str, *texts_and_facts: Any) -> Method:
-    name, factory, given, _ = _called(spec, *texts_and_facts)
+def _one(spec: Mapping[str, Any] | str, tokenize: Any, load: Any, facts: Any, within: tuple[Any, ...]) -> Method:
+    if spec in within:
+        raise errors.ConfigError(f"method: the preset {spec} names itself, also by way of others; it would never end")
+    within = (*within, spec)
+    name, factory, given, _ = _called(spec, tokenize, load, facts, within)
     made = factory(**given)
     if isinstance(made, list):  # a preset: a method that is a chain of others
-        made = build(made, *texts_and_facts)
+        made = build(made, tokenize, load, facts, within)
     if not isinstance(made, Method):
         raise errors.ConfigError(f"method {name!r}: the function returned {type(made).__name__}, no Method and no list")
-    return methods.at_rate(made, scale_of(spec))
+    return rates.at_rate(made, scale_of(spec))
 
 
 def with_kept(
@@ -139,13 +145,23 @@ def with_kept(
     """
     listed = [specs] if isinstance(specs, Mapping | str) else specs
     out = [{"name": s} if isinstance(s, str) else dict(s) for s in listed]
+    places = [s.get("name") for s in out]
     for i, spec in enumerate(out):
         name = spec.get("name")
         taken = getattr(find(name)[1], "LOADED", ()) if isinstance(name, str) else ()
         if isinstance(taken, Mapping):
-            own = state() if len(out) == 1 else state().get(f"{i}:{name}")  # as `core.method.chain` names them
+            own = state() if len(out) == 1 else _nth(state(), str(name), places[:i].count(name), places.count(name))
             spec |= {key: of(own) for key, of in taken.items() if key in spec and own}
     return out
+
+
+def _nth(state: Mapping[str, Any], name: str, n: int, of: int) -> Any:
+    """The state of the chain's part number ``n`` of that name; None where it has not ``of`` such parts.
+
+    Its place in a chain (`core.method.chain`) is not that in the list, since a preset is several parts.
+    """
+    found = [k for k in state if k.partition(":")[2] == name.rpartition(":")[2]]
+    return state[sorted(found, key=lambda k: int(k.partition(":")[0]))[n]] if len(found) == of else None
 
 
 def scale_of(spec: Mapping[str, Any] | str) -> float:
@@ -180,6 +196,7 @@ def _called(
     tokenize: Callable | None = None,
     load: Callable | None = None,
     facts: Mapping[str, Any] | None = None,
+    within: tuple[Any, ...] = (),
 ) -> tuple[str, Callable[..., Method], dict[str, Any], ModuleType]:
     """(name, factory, checked arguments, module)."""
     spec = {"name": spec} if isinstance(spec, str) else dict(spec)
@@ -199,7 +216,7 @@ def _called(
             given[key] = [train for train, _ in loaded]
     for key in nested(factory):
         if isinstance(given.get(key), Mapping | str | list):
-            given[key] = build(given[key], tokenize, load, facts)
+            given[key] = build(given[key], tokenize, load, facts, within)
     for key in getattr(module, "FACTS", ()):
         if key in (facts or {}):
             given.setdefault(key, (facts or {})[key])
@@ -228,13 +245,17 @@ def _agree(
 
 def nested(factory: Callable[..., Any]) -> list[str]:
     """The arguments of a factory that are methods themselves: a config gives their descriptions."""
-    return [k for k, hint in _hints(factory).items() if hint is Method and k != "return"]
+    return [k for k, hint in _hints(factory).items() if _is_method(hint) and k != "return"]
+
+
+def _is_method(hint: Any) -> bool:
+    return hint is Method or set(typing.get_args(hint)) == {Method, type(None)}
 
 
 def _hints(factory: Callable[..., Any]) -> dict[str, Any]:
     try:
         return typing.get_type_hints(factory)
-    except NameError:
+    except Exception:  # evaluating them may raise anything
         return {}  # annotations of a user's file that cannot be resolved: its own code will judge
 
 
@@ -280,10 +301,14 @@ def _from_package(name: str, place: str) -> ModuleType:
 
 def _renamed(name: str, given: Mapping[str, Any], aliases: Mapping[str, str]) -> dict[str, Any]:
     out: dict[str, Any] = {}
+    said: dict[str, str] = {}
     for key, value in given.items():
         ours = aliases.get(key, key)
         if ours in out:
-            raise errors.ConfigError(f"method {name!r}: {key!r} is another word for {ours!r}; give one of them")
+            raise errors.ConfigError(
+                f"method {name!r}: {said[ours]!r} and {key!r} are words for one argument; give one of them"
+            )
+        said[ours] = key
         out[ours] = _globs(value) if key in ("target_modules", "feedforward_modules") else value
         if key == "layers_to_transform" and isinstance(value, list):
             out[ours] = _slice(name, value)
@@ -291,9 +316,10 @@ def _renamed(name: str, given: Mapping[str, Any], aliases: Mapping[str, str]) ->
 
 
 def _slice(name: str, layers: list[Any]) -> str:
-    """PEFT's list of layers as a slice. Raises ConfigError where it has gaps."""
-    first = min(layers, default=0)
-    if not layers or sorted(layers) != list(range(first, first + len(layers))):
+    """PEFT's list of layers as a slice. Raises ConfigError where it has gaps, or what is no number."""
+    numbers = [x for x in layers if isinstance(x, int) and not isinstance(x, bool)]
+    first = min(numbers, default=0)
+    if not layers or len(numbers) < len(layers) or sorted(numbers) != list(range(first, first + len(layers))):
         raise errors.ConfigError(
             f"method {name!r}: layers_to_transform {layers} is no run of layers; chain one method for each run"
         )
@@ -313,12 +339,12 @@ def arguments(name: str, factory: Callable[..., Any], given: Mapping[str, Any]) 
     Raises:
       ConfigError: every unknown, missing or ill-typed argument, in one message.
     """
-    from pydantic import ConfigDict, InstanceOf, ValidationError, create_model
+    from pydantic import ConfigDict, ValidationError, create_model
 
     parameters = inspect.signature(factory).parameters
     open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     named = {k: p for k, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-    hints = {k: InstanceOf[Method] if hint is Method else hint for k, hint in _hints(factory).items()}
+    hints = {k: _strict(hint) for k, hint in _hints(factory).items()}
     fields: dict[str, Any] = {
         f"arg_{k}": (hints.get(k, Any), ... if p.default is p.empty else p.default) for k, p in named.items()
     }
@@ -335,6 +361,13 @@ def arguments(name: str, factory: Callable[..., Any], given: Mapping[str, Any]) 
     if problems:
         raise errors.ConfigError(f"method {name!r}:\n  " + "\n  ".join(problems))
     return {**{k: v for k, v in given.items() if k not in named}, **out}
+
+
+def _strict(hint: Any) -> Any:
+    """The annotation for pydantic, which would take a `Method`, being a tuple, apart."""
+    from pydantic import InstanceOf
+
+    return hint if not _is_method(hint) else InstanceOf[Method] if hint is Method else InstanceOf[Method] | None
 
 
 def _unknown(key: str, named: Mapping[str, Any]) -> str:

@@ -119,7 +119,7 @@ def shrink(
         """How many units of each dimension are left at the end, in a row."""
         if latency is not None and not isinstance(keep, dict):
             raise errors.ConfigError(
-                "shrink: latency is measured on the device when a run of tunejax train begins; elsewhere give keep"
+                "shrink: latency is measured on the device when train, compare or shrink begins; elsewhere give keep"
             )
         if parameters is None and flops is None:
             return gradual.counts(dimensions, sizes, allowed)

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from tunejax.core import low_rank, portable
+from tunejax.core import errors, low_rank, portable
 from tunejax.core import method as methods
 from tunejax.core.method import Context, Method, Site
 from tunejax.core.paths import Path
@@ -58,10 +58,12 @@ def vera(
       layers: only these layers of the stack, as a slice: "-2:".
 
     Raises:
-      ConfigError: rank below 1, dropout outside [0, 1).
+      ConfigError: rank below 1, dropout outside [0, 1), a seed that is no number of 32 bits.
       TargetError (from init): nothing matched, or what matched is no kernel.
     """
     low_rank.check("vera", rank, dropout)
+    if not 0 <= seed < 2**32:
+        raise errors.ConfigError(f"vera: seed is {seed}; it must lie in [0, 2^32)")
 
     def shared(key: Any, kernels: dict[Path, Any]) -> Site:
         rows = max(k.shape[-2] for k in kernels.values())

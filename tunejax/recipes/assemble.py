@@ -123,11 +123,13 @@ def opened(config: schema.Config, method: Method | None = None, specs: Any = Non
         method = registry.build(config.method if specs is None else specs, tokenize, read, facts)
         adapter.check_sources(sources)
         virtual.check(config.data.template, method.prompt, method.name)
-    if config.data.max_length + method.prefix > found.max_positions:
+    room = found.max_positions - method.prefix
+    if config.data.max_length > room:
+        fits = room > max(method.prompt, 1)
+        advice = f"set data.max_length={room}" if fits else "no text fits behind it; give the method a smaller length"
         raise errors.ConfigError(
             f"data.max_length is {config.data.max_length}, {method.name} takes {method.prefix} positions before it, "
-            f"and {config.model.path} has {found.max_positions}: set data.max_length="
-            f"{found.max_positions - method.prefix}"
+            f"and {config.model.path} has {found.max_positions}: {advice}"
         )
     return Opened(folder, shape, tokenizer, method, known, sources)
 

@@ -6,13 +6,13 @@ step, so what another run has left behind does not count. The same command again
 
 import argparse
 import gc
-import json
 import sys
 import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import jax
 import yaml
@@ -20,7 +20,19 @@ import yaml
 from tunejax.config import compare, schema
 from tunejax.core import errors
 from tunejax.data.options import LABELLED
-from tunejax.recipes import assemble, folder, measured, outcome, rows, runtime, settings, standings, train, validate
+from tunejax.recipes import (
+    assemble,
+    folder,
+    latency,
+    measured,
+    outcome,
+    rows,
+    runtime,
+    settings,
+    standings,
+    train,
+    validate,
+)
 
 RECORD = "compare.yaml"
 
@@ -28,6 +40,9 @@ RECORD = "compare.yaml"
 def main(args: argparse.Namespace) -> int:
     """Runs the comparison; 0, or 1 where a run failed or its result is not what its ``expected`` says."""
     comparison = compare.load_comparison(args.config, args.overrides)
+    chosen(comparison, args.only)
+    check_folder(comparison)
+    comparison = resolved(comparison)
     runs = chosen(comparison, args.only)
     check(comparison)
     check_rows(runs)
@@ -58,11 +73,30 @@ def chosen(comparison: compare.Comparison, only: list[str] | None) -> list[compa
     return [r for r in comparison.runs if not only or r.label in only]
 
 
-def check(comparison: compare.Comparison) -> None:
-    """Everything that can be known before the first run. Raises TunejaxError, naming the method; writes nothing."""
+def check_folder(comparison: compare.Comparison) -> None:
+    """Raises ConfigError where the output folder holds something else than a comparison."""
     out = comparison.folder
     if out.exists() and not (out.is_dir() and ((out / RECORD).is_file() or not any(out.iterdir()))):
         raise errors.ConfigError(f"output_dir {out} is there and not of a comparison (it has no {RECORD})")
+
+
+def resolved(comparison: compare.Comparison) -> compare.Comparison:
+    """``comparison`` with parts in place of budgets of latency (`recipes.latency`), one measurement for all seeds.
+
+    Raises:
+      TunejaxError: what `latency.resolved` refuses, naming the method.
+    """
+    methods: dict[str, Any] = {}
+    for run in sorted(comparison.runs, key=lambda r: not begun(r)):  # what a run was begun with holds for the others
+        if run.label not in methods:
+            with _named(run.label):
+                methods[run.label] = latency.resolved(run.config).method
+    runs = [r._replace(config=r.config.model_copy(update={"method": methods[r.label]})) for r in comparison.runs]
+    return comparison._replace(runs=runs)
+
+
+def check(comparison: compare.Comparison) -> None:
+    """Everything that can be known before the first run. Raises TunejaxError, naming the method; writes nothing."""
     for run in comparison.runs:
         with _named(run.label, f" Or remove {run.config.output_dir} to make this run anew."):
             folder.claim(run.config)
@@ -81,10 +115,9 @@ def check_method(config: schema.Config, metric: str) -> None:
     validate.check_files(config)
     if not config.data.eval_path:
         raise errors.ConfigError("no rows to measure quality on: set data.eval_path")
-    opened = assemble.opened(config)
-    parts = assemble.parts(config, opened)
+    parts = validate.parts_of(config)
     settings.batches(config, parts.mesh)
-    settings.optimizer(config, total_steps=1000)
+    validate.check_optimizer(config)
     measured.check_best(parts)
     known = score_names(parts)
     if metric not in known:
@@ -174,6 +207,11 @@ def failure(run: compare.Run) -> Path:
     return standings.failure(Path(run.config.output_dir))
 
 
+def begun(run: compare.Run) -> bool:
+    """Whether it has a run folder."""
+    return (Path(run.config.output_dir) / "config.yaml").is_file()
+
+
 def finished(run: compare.Run) -> bool:
     """Whether it has a summary."""
     return (Path(run.config.output_dir) / "summary.json").is_file()
@@ -188,8 +226,7 @@ def missed(run: compare.Run) -> list[str]:
     """What the summary of a finished run has outside the ranges that its config expects."""
     if not finished(run):
         return []
-    text = (Path(run.config.output_dir) / "summary.json").read_text(encoding="utf-8")
-    return outcome.check_expected(run.config, json.loads(text))
+    return outcome.check_expected(run.config, folder.read_numbers(Path(run.config.output_dir) / "summary.json"))
 
 
 @contextmanager

@@ -1,7 +1,9 @@
 """The run folder: which config it belongs to, and the files in it."""
 
 import json
+import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ from tunejax.config import load, schema
 from tunejax.core import errors
 
 MAY_DIFFER = ("output_dir", "train.progress", "train.report_to", "mesh", "generation", "evaluation", "expected")
-"""Keys that a run may be resumed with other values of: none of them changes what is trained."""
+"""Keys that a run may be resumed with other values of: none of them changes what is trained (but see `may_differ`)."""
 
 
 def claim(config: schema.Config) -> Path:
@@ -26,13 +28,21 @@ def claim(config: schema.Config) -> Path:
             raise errors.ConfigError(f"output_dir {path} is not empty and not a run folder (it has no config.yaml)")
         return path
     before = load.load(path / "config.yaml")
-    changed = {k: v for k, v in load.differences(config, before).items() if not k.startswith(MAY_DIFFER)}
+    changed = {k: v for k, v in load.differences(config, before).items() if not may_differ(k, config)}
     if changed:
         lines = [f"  {k}: {old!r} there, {new!r} now" for k, (new, old) in changed.items()]
         raise errors.ConfigError(
             f"{path} is a run with another config:\n" + "\n".join(lines) + "\nName another output_dir to start anew."
         )
     return path
+
+
+def may_differ(key: str, config: schema.Config) -> bool:
+    """Whether a run of ``config`` may be resumed with another value of ``key``."""
+    writes = None if config.distill is None else config.distill.on_policy
+    if key == "generation.max_new_tokens" and writes is not None and writes.max_new_tokens is None:
+        return False  # the student learns from texts of that length
+    return key.startswith(MAY_DIFFER)
 
 
 def begin(config: schema.Config) -> Path:
@@ -70,8 +80,27 @@ def write(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes ``value`` as indented JSON."""
-    write(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    """Writes ``value`` as indented JSON; NaN and infinity, which JSON has no word for, as null."""
+    write(path, json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_numbers(path: Path) -> dict[str, Any]:
+    """What `write_json` wrote of numbers by name; null is NaN again."""
+    found = json.loads(path.read_text(encoding="utf-8"))
+    return {k: number(v) for k, v in found.items()}
+
+
+def number(value: Any) -> Any:
+    """A number that `write_json` wrote: null is NaN again."""
+    return math.nan if value is None else value
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:

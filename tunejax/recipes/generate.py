@@ -16,6 +16,10 @@ def main(args: argparse.Namespace) -> None:
     """Streams what the model writes after each prompt; several prompts one after another."""
     if args.model is None and not args.adapters:
         raise errors.ConfigError("generate needs a model folder, a hub id or a run folder, or --adapters RUN RUN ...")
+    if args.adapter_ids is not None and not args.adapters:
+        raise errors.ConfigError(
+            "--adapter-ids says which of --adapters answers each prompt; give --adapters RUN RUN ..."
+        )
     how = settings(args)
     prompts = args.prompt or [line.rstrip("\n") for line in sys.stdin if line.strip()]
     if not prompts:

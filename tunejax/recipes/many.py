@@ -11,7 +11,7 @@ import jax
 import optax
 
 from tunejax.config import schema
-from tunejax.core import errors, method, paths, table
+from tunejax.core import errors, method, paths, rates, table
 from tunejax.core.model import key_shape
 from tunejax.methods import report
 from tunejax.recipes import (
@@ -147,7 +147,7 @@ def begin(ready: Ready) -> Begun:
 
 def counted(parts: assemble.Parts, params: paths.Params, start: method.Start) -> table.Table:
     """How many parameters there are, and what of them trains."""
-    return table.table(params, method.learning(parts.method, start.train), start.edits)
+    return table.table(params, rates.learning(parts.method, start.train), start.edits)
 
 
 def through(ready: Ready, begun: Begun) -> loop.Result:

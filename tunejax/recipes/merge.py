@@ -1,6 +1,7 @@
 """`tunejax merge RUN RUN ... --output FOLDER`: the adapters of several runs on one base as one."""
 
 import argparse
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,8 @@ def settings(args: argparse.Namespace) -> How:
       ConfigError: one out of range, or one that this way to combine does not take.
     """
     count = len(args.runs)
+    if not all(map(math.isfinite, args.weights or [])):
+        raise errors.ConfigError(f"--weights {' '.join(f'{w:g}' for w in args.weights)}: expected finite numbers")
     grows = args.how == STACKED or not combine.HOWS[args.how].elect
     weights = args.weights or [1 / count if grows else 1.0] * count
     name = "linear" if args.how == STACKED else args.how

@@ -1,7 +1,6 @@
 """What a model says and scores on the held-out rows, before and after a run."""
 
 import itertools
-import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -154,7 +153,7 @@ def before(judge: Judge, state: TrainState, base: Any, out: Path) -> dict[str, f
     """The scores of the untuned model: measured, or, where the run is resumed, as they were measured then."""
     kept = out / "samples" / "before.json"
     if kept.is_file():
-        return json.loads(kept.read_text(encoding="utf-8"))
+        return folder.read_numbers(kept)
     return judge(state, base, out, "before")
 
 

@@ -261,7 +261,7 @@ def table(found: Mapping[str, Any]) -> str:
     for point in found["front"]:
         mark = "  <- chosen" if point["sizes"] == found["sizes"] else ""
         said = ", ".join(f"{k}: {v}" for k, v in point["sizes"].items())
-        lines.append(f"{point['left']:>12.3f}{point['quality']:>14.4f}  {{{said}}}{mark}")
+        lines.append(f"{point['left']:>12.3f}{folder.number(point['quality']):>14.4f}  {{{said}}}{mark}")
     return "\n".join([*lines, f"{found['tried']} mixtures tried, at most {found['most']} of {found['by']} asked for"])
 
 

@@ -35,8 +35,8 @@ from tunejax.recipes import (
 )
 
 RECORD = "shrink.json"
-SEARCHED = ("parameters", "flops", "metric", "evaluations", "seed")
-"""Options of the search among a supernet's sizes."""
+SEARCHED = {"metric": "loss", "evaluations": 50, "seed": 0}
+"""Options of the search among a supernet's sizes, and what they are where no flag says."""
 
 
 def main(args: argparse.Namespace) -> int:
@@ -68,26 +68,30 @@ def main(args: argparse.Namespace) -> int:
     print(before_after.table(found))
     for line in found.get("warnings", []):
         print(f"warning: {line}")
-    print(f"logits differ from the masked model's by at most {found['difference']:.1e}")
+    print(f"logits differ from the masked model's by at most {folder.number(found['difference']):.1e}")
     print(f"{output}: {found['name']} shrunk by {found['method']}")
     return code
 
 
 def command(args: argparse.Namespace) -> dict[str, Any]:
     """What of the command decides what comes out."""
-    names = ("run", "overrides", "dtype", "batch", "length", *SEARCHED)
-    return {name: getattr(args, name) for name in names}
+    names = ("run", "overrides", "dtype", "batch", "length", "parameters", "flops", *SEARCHED)
+    given = {name: getattr(args, name) for name in names}
+    return {name: SEARCHED.get(name) if value is None else value for name, value in given.items()}
 
 
 def asked_for(args: argparse.Namespace) -> search.Asked | None:
-    """What is searched for among the sizes of a supernet; None where the run has its size."""
-    by = [name for name in ("parameters", "flops") if getattr(args, name) is not None]
+    """What is searched for among the sizes of a supernet; None where the run has its size. Raises ConfigError."""
+    by, asked = [name for name in ("parameters", "flops") if getattr(args, name) is not None], command(args)
     if not by:
+        for name in SEARCHED:
+            if getattr(args, name) is not None:
+                raise errors.ConfigError(f"--{name} is of the search that --parameters or --flops asks for; give one")
         return None
-    most = getattr(args, by[0])
-    if len(by) > 1 or not 0 < most <= 1 or args.evaluations < 1:
+    most = asked[by[0]]
+    if len(by) > 1 or not 0 < most <= 1 or asked["evaluations"] < 1:
         raise errors.ConfigError("give --parameters or --flops, a part in (0, 1], and at least 1 of --evaluations")
-    return search.Asked(by[0], most, args.metric, args.evaluations, args.seed, args.length)
+    return search.Asked(by[0], most, asked["metric"], asked["evaluations"], asked["seed"], args.length)
 
 
 def digest(run: str) -> str:

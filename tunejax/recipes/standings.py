@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tunejax import plots
-from tunejax.config import compare
+from tunejax.config import compare, load, schema
 from tunejax.core import errors
 from tunejax.evaluate import scores
 from tunejax.recipes import folder, page
@@ -25,7 +25,8 @@ class Outcome(NamedTuple):
     """One run. status: finished, failed or missing. reason: why it failed.
 
     quality: the metric on the held-out rows at the end. seconds_to_target: of training, until an evaluation reached
-    the target; None where none did or there is no target. held_out: rows that quality was measured on.
+    the target; None where none did or there is no target. held_out: rows that quality was measured on. asked: how many
+    of them, and how answers were drawn, where the metric is exact match; a run keeps this though the config changes.
     """
 
     label: str
@@ -37,6 +38,7 @@ class Outcome(NamedTuple):
     figures: dict[str, float | None] = {}  # noqa: RUF012
     devices: str = ""
     held_out: int | None = None
+    asked: str = ""
 
 
 class Row(NamedTuple):
@@ -80,7 +82,8 @@ class Standings(NamedTuple):
     def notes(self) -> list[str]:
         """Sentences that belong under the table."""
         seeds = ", ".join(map(str, self.section.seeds))
-        said = [f"Quality is {self.section.metric} at the end of training: mean ± sample standard deviation over seeds "
+        said = [f"Quality is {self.section.metric} of the step that a run keeps (its last, or its best one under "
+                "load_best_model_at_end or early stopping): mean ± sample standard deviation over seeds "
                 f"{seeds}. {'Greater' if self.section.higher_wins else 'Smaller'} is better.",
                 "Step memory is the compiler's count for one training step on one device: weights, optimiser state, "
                 "batch and scratch. Speed and time leave out compiling, evaluation and saving."]  # fmt: skip
@@ -90,6 +93,14 @@ class Standings(NamedTuple):
         if len(set(counts.values())) > 1:
             each = ", ".join(f"{label} {count}" for label, count in counts.items())
             said.append(f"Methods were measured on different held-out rows ({each}): do not compare their quality.")
+        asked: dict[str, list[str]] = {}
+        for r in self.runs:
+            if r.asked:
+                asked.setdefault(r.asked, []).append(f"{r.label}, seed {r.seed}")
+        if len(asked) > 1:
+            each = "; ".join(f"{how}: {_some(names)}" for how, names in asked.items())
+            said.append(f"Answers were drawn in different ways ({each}): do not compare their quality. A run whose "
+                        "summary.json is removed is measured anew.")  # fmt: skip
         if len(self.devices) > 1:
             said.append(f"Runs ran on different devices ({'; '.join(self.devices)}): do not compare their speeds.")
         elif self.devices:
@@ -172,25 +183,33 @@ def outcome(run: compare.Run, section: compare.CompareSection) -> Outcome:
     out = Path(run.config.output_dir)
     if (out / "summary.json").is_file():
         found = json.loads((out / "summary.json").read_text(encoding="utf-8"))
-        quality = found.get(section.metric)
-        if quality is None:
+        if section.metric not in found:
             numbers = [k for k in found if k.startswith("eval_")]
             raise errors.ConfigError(
                 f"compare.metric: {out / 'summary.json'} has no {section.metric!r}. "
                 f"{errors.did_you_mean(section.metric, numbers)}"
             )
+        quality = folder.number(found[section.metric])
         figures = {k: found.get(k) for k in FIGURES}
         seconds = to_target(found, folder.read_rows(out / "metrics.jsonl"), section)
         if not math.isfinite(quality):
             return Outcome(run.label, run.seed, "failed", f"{section.metric} is {quality}", None, None, figures)
         held_out = found.get("rows", {}).get("eval_examples")
+        asked = how_asked(load.load(out / "config.yaml")) if section.metric == "eval_exact_match" else ""
         return Outcome(
-            run.label, run.seed, "finished", "", quality, seconds, figures, found.get("devices", ""), held_out
+            run.label, run.seed, "finished", "", quality, seconds, figures, found.get("devices", ""), held_out, asked
         )
     if failure(out).is_file():
         note = json.loads(failure(out).read_text(encoding="utf-8"))
         return Outcome(run.label, run.seed, "failed", " ".join(note["reason"].split()))
     return Outcome(run.label, run.seed, "missing")
+
+
+def how_asked(config: schema.Config) -> str:
+    """What of a config exact match depends on, beside the model and the rows."""
+    names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p")
+    drawn = {k: v for k in names if (v := getattr(config.generation, k)) is not None}
+    return ", ".join([f"{config.evaluation.max_rows} rows at most", *(f"{k} {v:g}" for k, v in drawn.items())])
 
 
 def failure(run: Path) -> Path:
@@ -288,6 +307,10 @@ def duration(seconds: float) -> str:
     if seconds < 60:
         return f"{seconds:.1f} s"
     return f"{seconds / 60:.1f} min" if seconds < 3600 else f"{seconds / 3600:.1f} h"
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _or_dash(value: float | None, text: Callable[[float], str]) -> str:

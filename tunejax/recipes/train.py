@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 
 from tunejax.config import load, schema
-from tunejax.core import method, paths, table
+from tunejax.core import paths, rates, table
 from tunejax.core.model import key_shape
 from tunejax.methods import report
 from tunejax.recipes import (
@@ -108,7 +108,7 @@ def begin(ready: Ready) -> Begun:
     tuned, one = ready.parts, ready.one
     loaded = assemble.load(tuned)
     shapes = jax.eval_shape(tuned.method.init, key_shape(), loaded.params)
-    counts = table.table(loaded.params, method.learning(tuned.method, shapes.train), shapes.edits)
+    counts = table.table(loaded.params, rates.learning(tuned.method, shapes.train), shapes.edits)
     frozen = [p for p in loaded.fresh if p not in shapes.edits]
     announce(tuned, counts, report.describe(tuned.method, loaded.params, shapes), ready.data, ready.total, frozen)
     fresh = {p: adapter.on_host(paths.get(loaded.params, p)) for p in frozen}

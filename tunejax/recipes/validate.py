@@ -6,7 +6,7 @@ from pathlib import Path
 import jax
 
 from tunejax.config import load, locate
-from tunejax.core import errors, method, table
+from tunejax.core import errors, rates, table
 from tunejax.core.model import key_shape
 from tunejax.data import labels, rows
 from tunejax.interop import tensors
@@ -20,23 +20,38 @@ def main(args: argparse.Namespace) -> None:
     folder.claim(config)
     check_files(config)
     runtime.begin()
-    parts = assemble.parts(config, assemble.opened(config))
+    parts = parts_of(config)
     settings.batches(config, parts.mesh)
     measured.check_best(parts)
     labels.check_order(config.data.labels or (), parts.known)
     stored = tensors.open_folder(parts.folder)
-    # How many steps an epoch has is not known before the rows are read.
-    settings.optimizer(config, total_steps=config.train.max_steps or max(1000, config.train.warmup_steps))
+    check_optimizer(config)
     if config.many:
         members.plan(members.configs_of(config))
     params = jax.eval_shape(parts.model.init, key_shape())
     start = jax.eval_shape(parts.method.init, key_shape(), params)
+    measured.evaluated(parts)  # what shows in a forward pass alone
     print(f"model    {parts.name}: {parts.model_config.family}, {len(stored)} tensors in {parts.folder}")
     print(f"mesh     {dict(parts.mesh.shape)} on {jax.devices()[0].device_kind}")
     print(f"method   {parts.method.name}")
     print(report.describe(parts.method, params, start).text())
-    print(table.table(params, method.learning(parts.method, start.train), start.edits).text())
+    print(table.table(params, rates.learning(parts.method, start.train), start.edits).text())
     print("valid: nothing was run or written")
+
+
+def parts_of(config: load.schema.Config) -> assemble.Parts:
+    """What the config names, built without its rows. Raises TunejaxError where it does not fit."""
+    weights = (config.objective.model_extra or {}).get("class_weights")
+    # The rows, which are not read, may have more classes than the two that nothing else says.
+    unsaid = not config.data.labels and config.model.num_labels is None
+    count = len(weights) if unsaid and isinstance(weights, list) else None
+    return assemble.parts(config, assemble.opened(config), num_labels=count)
+
+
+def check_optimizer(config: load.schema.Config) -> None:
+    """Raises ConfigError on an optimiser or schedule that does not fit, before the rows are read."""
+    # How many steps an epoch has is not known before that.
+    settings.optimizer(config, total_steps=config.train.max_steps or max(1000, config.train.warmup_steps))
 
 
 def check_files(config: load.schema.Config) -> None:
