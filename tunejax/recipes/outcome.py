@@ -135,7 +135,7 @@ def check_expected(config: schema.Config, summary: dict[str, Any]) -> list[str]:
     for name, (low, high) in config.expected.items():
         if "step" in summary and name not in summary and summary.get("stopped", "").startswith("SIG"):
             continue
-        value = summary.get(name)
+        value = folder.number(summary[name]) if name in summary else None
         if not isinstance(value, int | float):
             lines.append(f"expected {name}, which the summary does not have. {errors.did_you_mean(name, summary)}")
         elif not low <= value <= high:
