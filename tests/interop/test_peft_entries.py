@@ -164,3 +164,13 @@ def test_an_adapter_of_a_model_without_a_head_is_read(bases, name, targets, tmp_
     logits = peft_side.read(tmp_path, base)[0]
     np.testing.assert_allclose(logits, peft_side.their_logits(with_head), atol=1e-5, rtol=1e-5)
     assert peft_read.read(tmp_path, hf.read_config(base[0]), head=base[1]).specs[0]["name"] == "lora"
+
+
+def test_an_adapter_for_that_task_of_a_model_with_a_head_is_read(bases, tmp_path):
+    """PEFT asks for no model of that kind."""
+    base = bases["bert mlm"]
+    theirs = peft_side.their_adapter(base, "LoraConfig", r=2, target_modules=["query"])
+    theirs.save_pretrained(tmp_path)
+    peft_side.change(tmp_path, task_type="FEATURE_EXTRACTION")
+    logits = peft_side.read(tmp_path, base)[0]
+    np.testing.assert_allclose(logits, peft_side.their_logits(theirs), atol=1e-5, rtol=1e-5)

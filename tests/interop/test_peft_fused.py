@@ -38,5 +38,5 @@ def test_dora_at_all_parts_is_written_and_read_back(gpt2, rslora, tmp_path):
 
 def test_dora_at_some_parts_is_refused(gpt2, tmp_path):
     found, _ = peft_side.tuned(gpt2, [{"name": "dora", "rank": 2, "targets": "attention/{q,v}/kernel"}])
-    with pytest.raises(errors.ConfigError, match=r"1 of 3 parts of one have no dora; adapt all"):
+    with pytest.raises(errors.ConfigError, match=r"1 of 3 parts of one are not of the same dora; adapt all"):
         peft_side.write(tmp_path / "a", gpt2, found)

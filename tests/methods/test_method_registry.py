@@ -194,6 +194,8 @@ def test_a_file_of_ones_own(tmp_path):
     assert registry.build(f"{file}:perhaps").name == "bitfit"
     assert registry.build({"name": f"{file}:perhaps", "inner": {"name": "lora", "rank": 2}}).name == "lora"
     assert registry.build({"name": f"{file}:perhaps", "inner": None}).name == "bitfit"
+    assert registry.resolved({"name": f"{file}:perhaps", "inner": None})[1] == {"inner": None}
+    assert registry.resolved({"name": f"{file}:perhaps", "inner": "bitfit"})[1]["inner"][0][0] == "bitfit"
     with pytest.raises(errors.ConfigError, match=r"inner: expected .*found 3"):
         registry.build({"name": f"{file}:perhaps", "inner": 3})
     assert registry.build({"name": f"{file}:hinted", "x": 3}).name == "bitfit"

@@ -104,6 +104,7 @@ def test_a_head_that_the_checkpoint_lacks_is_each_members_own(path, tmp_path, ca
     "method",
     [
         "{name: fish, mask_steps: 1, density: 0.1}",
+        "{name: lt_sft, mask_steps: 2, density: 0.1}",
         "[{name: full}, {name: prune, density: 0.5, steps: 3, every: 1}]",
     ],
 )

@@ -53,6 +53,7 @@ def test_batches_of_other_lengths_are_padded_along_their_own():
         ({"name": "lt_sft", "mask_steps": 6}, "lt_sft ends at update 7"),
         ({"name": "diff_pruning", "mask_steps": 7}, "diff_pruning ends at update 7"),
         ({"name": "adalora", "total_steps": 7}, "adalora ends at update 7"),
+        ({"name": "adalora", "total_steps": 9, "final_steps": 3}, "adalora ends at update 7"),
     ],
 )
 def test_a_run_shorter_than_a_schedule_is_told(spec, ends):

@@ -19,9 +19,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 import worlds
 
 from tunejax import cli
+from tunejax.config import load
+from tunejax.core import errors
 from tunejax.core.model import full_batch
 from tunejax.models import build, cost, cut
-from tunejax.recipes import artefact, evaluate, folder, latency
+from tunejax.recipes import artefact, evaluate, folder, latency, shrink
 from tunejax.recipes import search as search_lib
 from tunejax.train import loop
 
@@ -286,6 +288,19 @@ def test_what_is_to_be_fast(world, monkeypatch, capsys):
     assert len(calls) == 1
     assert cli.main([*command[:-1], command[-1].replace("0.7", "0.05")]) == 2
     assert "with 0.25 of each dimension it is 0.325" in capsys.readouterr().err
+
+
+def test_a_schedule_of_another_method_may_go_on(world):
+    """Only masks that are to be cut must come down."""
+    sparse = "{name: lt_sft, mask_steps: 50, targets: /norm/scale}"
+    for steps, fits in ((4, True), (5, False)):
+        masks = f"{{name: shrink, begin: 2, steps: {steps}, every: 1}}"
+        config = load.load(world / "my.yaml", [f"method=[{sparse}, {masks}]", *QUICK])
+        if fits:
+            shrink.check(config)
+            continue
+        with pytest.raises(errors.ConfigError, match="6 steps, and shrink ends at update 7: "):
+            shrink.check(config)
 
 
 def test_masks_that_never_come_down(world, tmp_path, capsys):

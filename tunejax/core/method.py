@@ -99,6 +99,11 @@ def keys(parts: Iterable[Method]) -> list[str]:
     return [f"{i}:{m.name}" for i, m in enumerate(parts)]
 
 
+def split(tuned: Method, tree: PyTree) -> list[tuple[Method, PyTree]]:
+    """The methods of a chain, each with its own of ``tree``, a train or state; of a single method, itself with all."""
+    return [(m, tree[k]) for k, m in zip(keys(tuned.parts), tuned.parts, strict=True)] or [(tuned, tree)]
+
+
 def method(
     name: str,
     init: Callable[[Any, Params], Start],
@@ -130,10 +135,10 @@ def method(
         if not isinstance(found, Start):
             raise errors.ConfigError(f"method {name!r}: init returned {type(found).__name__}, expected a Start")
         for where, x in jax.tree.leaves_with_path(found.train):
-            if not jnp.issubdtype(x.dtype, jnp.floating):
+            if not jnp.issubdtype(jnp.result_type(x), jnp.floating):
                 at = jax.tree_util.keystr(where, simple=True, separator="/")
                 raise errors.ConfigError(
-                    f"method {name!r}: {at} is to train and of type {x.dtype}; expected float32, or to keep it in state"
+                    f"method {name!r}: {at} is to train and of type {jnp.result_type(x)}; expected float32, or state"
                 )
         return found
 

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from tunejax.core import errors, operators, paths
-from tunejax.core.method import SHARED, Method
+from tunejax.core.method import SHARED, Method, keys
 from tunejax.interop import modules
 from tunejax.interop.modules import Site
 from tunejax.models.config import ModelConfig
@@ -117,8 +117,8 @@ def trained(found: Found, method: Method, train: Any, cuts: tuple[int, ...]) -> 
 
     if not method.parts:
         return one(found.arrays[0], train)
-    keys = [f"{i}:{m.name}" for i, m in enumerate(method.parts)]
-    return {k: one(arrays, train[k]) for k, arrays in zip(keys, found.arrays, strict=True)}
+    names = keys(method.parts)
+    return {k: one(arrays, train[k]) for k, arrays in zip(names, found.arrays, strict=True)}
 
 
 def state_of(found: Found, method: Method, state: Any) -> Any:

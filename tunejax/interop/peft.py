@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tunejax.core import errors, operators, paths, portable
-from tunejax.core.method import SHARED, Method
+from tunejax.core.method import SHARED, Method, split
 from tunejax.core.paths import Params
 from tunejax.interop import modules, peft_prompts, tensors
 from tunejax.interop.found import CONFIG
@@ -81,9 +81,8 @@ def links(tuned: Tuned, library: str) -> list[Link]:
             f"{library} has no form for {tuned.method.name}: one name of the config is a chain of several"
         )
     out = []
-    for i, (spec, m) in enumerate(zip(tuned.specs, methods, strict=True)):
-        key = f"{i}:{m.name}"
-        train, state = (t[key] if tuned.method.parts else t for t in (tuned.train, tuned.state))
+    for i, spec in enumerate(tuned.specs):
+        train, state = (split(tuned.method, t)[i][1] for t in (tuned.train, tuned.state))
         out.append(Link(*registry.resolved(spec), train, state))
     return out
 

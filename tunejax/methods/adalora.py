@@ -134,7 +134,7 @@ def adalora(
 
     return methods.per_site(
         "adalora", targets, new, wrap, layers=layers, axes=low_rank.AXES, update=update, penalty=penalty,
-        updates=total_steps,
+        updates=min(total_steps, total_steps - final_steps + 1),
     )  # fmt: skip
 
 

@@ -30,7 +30,7 @@ def _fuse(
     if len(there) < len(parts):
         raise errors.ConfigError(
             f"dora: PEFT scales all columns of a module, and {len(parts) - len(there)} of {len(parts)} parts of one "
-            "have no dora; adapt all of them, or export with --format hf"
+            "are not of the same dora; adapt all of them by one, or export with --format hf"
         )
     assert low_rank.PEFT.fuse is not None
     arrays, changed = low_rank.PEFT.fuse(parts, widths, arguments)
@@ -82,8 +82,8 @@ class DoRA(operators.Above):
 
     def _norms(self) -> jax.Array:
         """What the columns are divided by: their norms, or 1 where a column is 0 and would be no number."""
-        squares = jnp.sum(operators.dense(self.inner).astype(jnp.float32) ** 2, axis=-2)
-        return jnp.sqrt(jnp.where(squares == 0, 1.0, squares))
+        norms = column_norms(self.inner)
+        return jnp.where(norms == 0, 1.0, norms)
 
 
 def column_norms(kernel: Any) -> jax.Array:

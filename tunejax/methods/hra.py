@@ -25,6 +25,7 @@ PEFT = portable.Form(
     write=lambda arrays: {"hra_u": arrays["u"]},
     read=lambda tensors, _: {"u": tensors["hra_u"]},
     entries={"rank": "r"},
+    written=lambda arguments, _: {k: v for k, v in arguments.items() if k != "pairs"},
     flags={"apply_GS": (False, None)},
     # Of an odd rank no folder can have started as pairs.
     found=lambda arrays: {"pairs": False} if arrays["u"].shape[-1] % 2 else {},

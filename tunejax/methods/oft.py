@@ -59,7 +59,7 @@ PEFT = {
         ignored=frozenset({"boft_block_num", "boft_dropout"}),
         biases="boft_only",
         found=lambda arrays: {"block_size": arrays["r"].shape[-1], "factors": arrays["r"].shape[0]},
-        note=lambda arguments: _CUDA if arguments["factors"] > 1 else "",
+        note=lambda arguments: _CUDA if arguments.get("factors", 1) > 1 else "",
     ),
 }
 

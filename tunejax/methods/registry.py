@@ -145,12 +145,16 @@ def with_kept(
     """
     listed = [specs] if isinstance(specs, Mapping | str) else specs
     out = [{"name": s} if isinstance(s, str) else dict(s) for s in listed]
-    places = [s.get("name") for s in out]
+    places = [str(s.get("name")).rpartition(":")[2] for s in out]
     for i, spec in enumerate(out):
         name = spec.get("name")
         taken = getattr(find(name)[1], "LOADED", ()) if isinstance(name, str) else ()
         if isinstance(taken, Mapping):
-            own = state() if len(out) == 1 else _nth(state(), str(name), places[:i].count(name), places.count(name))
+            own = (
+                state()
+                if len(out) == 1
+                else _nth(state(), places[i], places[:i].count(places[i]), places.count(places[i]))
+            )
             spec |= {key: of(own) for key, of in taken.items() if key in spec and own}
     return out
 
@@ -160,7 +164,7 @@ def _nth(state: Mapping[str, Any], name: str, n: int, of: int) -> Any:
 
     Its place in a chain (`core.method.chain`) is not that in the list, since a preset is several parts.
     """
-    found = [k for k in state if k.partition(":")[2] == name.rpartition(":")[2]]
+    found = [k for k in state if k.partition(":")[2] == name]
     return state[sorted(found, key=lambda k: int(k.partition(":")[0]))[n]] if len(found) == of else None
 
 
@@ -176,13 +180,14 @@ def resolved(spec: Mapping[str, Any] | str) -> tuple[str, dict[str, Any], Module
     """(name, every argument with the defaults filled in, module) of one method's description. Raises as `build`."""
     name, factory, given, module = _called(spec)
     # A method among the arguments stays a description: two that were built never equal each other.
-    inner = {k: _description(given[k], spec[k]) for k in nested(factory) if isinstance(spec, Mapping) and k in spec}
+    spec = _renamed(name, spec, getattr(module, "ALIASES", {})) if isinstance(spec, Mapping) else {}
+    inner = {k: _description(given[k], spec[k]) for k in nested(factory) if k in spec}
     return name, {**_defaults(factory), **given, **inner}, module
 
 
 def _description(built: Any, spec: Any) -> Any:
     """(name, every argument) of each method of a description; of what was given as a method, that method."""
-    if isinstance(spec, Method):
+    if not isinstance(spec, Mapping | str | list):
         return built
     return [resolved(s)[:2] for s in ([spec] if isinstance(spec, Mapping | str) else spec)]
 

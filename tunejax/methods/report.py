@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 
 from tunejax.core import operators, paths
-from tunejax.core.method import Method, Start
+from tunejax.core.method import Method, Start, split
 from tunejax.core.paths import Params, Path
 
 
@@ -70,10 +70,7 @@ def describe(method: Method, params: Params, start: Start) -> Report:
 
 
 def _parts(method: Method, start: Start) -> list[tuple[str, Method, Any]]:
-    if not method.parts:
-        return [(method.name, method, start.train)]
-    keys = [f"{i}:{m.name}" for i, m in enumerate(method.parts)]
-    return [(m.name, m, start.train[k]) for k, m in zip(keys, method.parts, strict=True)]
+    return [(m.name, m, own) for m, own in split(method, start.train)]
 
 
 def _count(train: Any) -> int:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from tunejax.core import errors, operators, sites
-from tunejax.core.method import Context, Method, Start, chain, method, path_key
+from tunejax.core.method import Context, Method, Start, chain, keys, method, path_key
 from tunejax.core.model import AUXILIARY, Batch, Model, key_shape
 from tunejax.core.objective import LossOutput
 from tunejax.core.paths import Params
@@ -281,5 +281,5 @@ def own(tuned: Method, sizes: Mapping[str, tuple[int, int]], tree: Any) -> Any:
     if not sizes:
         return tree
     if not tuned.parts:
-        return tree[f"0:{tuned.name}"]
-    return {name: tree[name] for name in (f"{i}:{m.name}" for i, m in enumerate(tuned.parts))}
+        return tree[keys([tuned])[0]]
+    return {name: tree[name] for name in keys(tuned.parts)}

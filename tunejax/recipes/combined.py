@@ -230,4 +230,4 @@ def _part(run: artefact.Tuned, what: str, i: int) -> Any:
     else:
         tree = getattr(run, what)
     parts = run.parts.method.parts
-    return tree[f"{i}:{parts[i].name}"] if parts and len(parts) == len(specs_of(run.parts.config)) else tree
+    return tree[method.keys(parts)[i]] if parts and len(parts) == len(specs_of(run.parts.config)) else tree

@@ -6,6 +6,7 @@ step, so what another run has left behind does not count. The same command again
 
 import argparse
 import gc
+import json
 import sys
 import time
 import traceback
@@ -40,9 +41,8 @@ RECORD = "compare.yaml"
 def main(args: argparse.Namespace) -> int:
     """Runs the comparison; 0, or 1 where a run failed or its result is not what its ``expected`` says."""
     comparison = compare.load_comparison(args.config, args.overrides)
-    chosen(comparison, args.only)
-    check_folder(comparison)
-    comparison = resolved(comparison)
+    check_files(comparison, chosen(comparison, args.only))
+    comparison = resolved(comparison, args.only)
     runs = chosen(comparison, args.only)
     check(comparison)
     check_rows(runs)
@@ -73,20 +73,25 @@ def chosen(comparison: compare.Comparison, only: list[str] | None) -> list[compa
     return [r for r in comparison.runs if not only or r.label in only]
 
 
-def check_folder(comparison: compare.Comparison) -> None:
-    """Raises ConfigError where the output folder holds something else than a comparison."""
+def check_files(comparison: compare.Comparison, runs: list[compare.Run]) -> None:
+    """Raises ConfigError where the output folder is not of a comparison, or a file of rows is not there."""
     out = comparison.folder
     if out.exists() and not (out.is_dir() and ((out / RECORD).is_file() or not any(out.iterdir()))):
         raise errors.ConfigError(f"output_dir {out} is there and not of a comparison (it has no {RECORD})")
+    for run in {r.label: r for r in runs}.values():
+        with _named(run.label):
+            validate.check_files(run.config)
 
 
-def resolved(comparison: compare.Comparison) -> compare.Comparison:
+def resolved(comparison: compare.Comparison, only: list[str] | None = None) -> compare.Comparison:
     """``comparison`` with parts in place of budgets of latency (`recipes.latency`), one measurement for all seeds.
+
+    only: labels of the runs to make; others keep their budgets.
 
     Raises:
       TunejaxError: what `latency.resolved` refuses, naming the method.
     """
-    methods: dict[str, Any] = {}
+    methods: dict[str, Any] = {r.label: r.config.method for r in comparison.runs if only and r.label not in only}
     for run in sorted(comparison.runs, key=lambda r: not begun(r)):  # what a run was begun with holds for the others
         if run.label not in methods:
             with _named(run.label):
@@ -97,11 +102,12 @@ def resolved(comparison: compare.Comparison) -> compare.Comparison:
 
 def check(comparison: compare.Comparison) -> None:
     """Everything that can be known before the first run. Raises TunejaxError, naming the method; writes nothing."""
-    for run in comparison.runs:
+    known = [r for r in comparison.runs if not latency.pending(r.config)]
+    for run in known:
         with _named(run.label, f" Or remove {run.config.output_dir} to make this run anew."):
             folder.claim(run.config)
     runtime.begin()
-    for run in {r.label: r for r in comparison.runs}.values():
+    for run in {r.label: r for r in known}.values():
         with _named(run.label):
             check_method(run.config, comparison.section.metric)
 
@@ -226,7 +232,8 @@ def missed(run: compare.Run) -> list[str]:
     """What the summary of a finished run has outside the ranges that its config expects."""
     if not finished(run):
         return []
-    return outcome.check_expected(run.config, folder.read_numbers(Path(run.config.output_dir) / "summary.json"))
+    text = (Path(run.config.output_dir) / "summary.json").read_text(encoding="utf-8")
+    return outcome.check_expected(run.config, json.loads(text))
 
 
 @contextmanager

@@ -104,8 +104,8 @@ def _finite(value: Any) -> Any:
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Writes rows as JSON Lines."""
-    write(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
+    """Writes rows as JSON Lines; NaN and infinity as null."""
+    write(path, "".join(json.dumps(_finite(r), ensure_ascii=False, allow_nan=False) + "\n" for r in rows))
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

@@ -30,14 +30,19 @@ def resolved(config: schema.Config) -> schema.Config:
     Raises:
       ConfigError: several processes, or a budget below what a quarter of each dimension takes.
     """
-    specs = config.method if isinstance(config.method, list) else [config.method]
-    if not any(_open(s) for s in specs):
+    if not pending(config):
         return config
+    specs = config.method if isinstance(config.method, list) else [config.method]
     file = Path(config.output_dir) / "config.yaml"
     before: Any = load.load(file).method if file.is_file() else []
     before = before if isinstance(before, list) else [before]
     found = [_known(s, before[i : i + 1]) or _measured(config, s) if _open(s) else s for i, s in enumerate(specs)]
     return config.model_copy(update={"method": found if isinstance(config.method, list) else found[0]})
+
+
+def pending(config: schema.Config) -> bool:
+    """Whether a budget of latency stands in it that is not turned into parts yet."""
+    return any(_open(s) for s in (config.method if isinstance(config.method, list) else [config.method]))
 
 
 def _open(spec: dict[str, Any]) -> bool:

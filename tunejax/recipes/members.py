@@ -8,7 +8,7 @@ import numpy as np
 
 from tunejax.config import load, schema
 from tunejax.core import errors, paths
-from tunejax.core.method import Method
+from tunejax.core.method import Method, keys
 from tunejax.methods import registry
 from tunejax.recipes import assemble, combined, folder, settings
 from tunejax.train import many
@@ -91,7 +91,7 @@ def keyed(method: Method, factors: Sequence[Mapping[str, float]]) -> dict[str, M
         return {"": factors[0]}
     if len(method.parts) != len(factors):
         raise errors.ConfigError("many: a preset in a list of methods is several of them; give the list in its parts")
-    return {f"{i}:{m.name}": f for i, (m, f) in enumerate(zip(method.parts, factors, strict=True))}
+    return dict(zip(keys(method.parts), factors, strict=True))
 
 
 def each_parts(parts: assemble.Parts, configs: Sequence[schema.Config]) -> list[assemble.Parts]:

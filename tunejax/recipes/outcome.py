@@ -121,6 +121,10 @@ def conclude(
     print(f"run folder: {out}")
 
 
+SCORED = ("eval_", "before_")
+"""How names of scores begin: where there is one, null is a number that was none."""
+
+
 def told_missed(config: schema.Config, summary: dict[str, Any]) -> bool:
     """Whether the result is not what ``expected`` says; prints where it is not."""
     missed = [line for one in summary.get("members", [summary]) for line in check_expected(config, one)]
@@ -135,7 +139,9 @@ def check_expected(config: schema.Config, summary: dict[str, Any]) -> list[str]:
     for name, (low, high) in config.expected.items():
         if "step" in summary and name not in summary and summary.get("stopped", "").startswith("SIG"):
             continue
-        value = folder.number(summary[name]) if name in summary else None
+        value = summary.get(name)
+        if name in summary and name.startswith(SCORED):
+            value = folder.number(value)
         if not isinstance(value, int | float):
             lines.append(f"expected {name}, which the summary does not have. {errors.did_you_mean(name, summary)}")
         elif not low <= value <= high:

@@ -36,7 +36,7 @@ from tunejax.recipes import (
 
 RECORD = "shrink.json"
 SEARCHED = {"metric": "loss", "evaluations": 50, "seed": 0}
-"""Options of the search among a supernet's sizes, and what they are where no flag says."""
+"""Options of the search among a supernet's sizes beside what is asked for, and what they are where no flag says."""
 
 
 def main(args: argparse.Namespace) -> int:
@@ -142,7 +142,7 @@ def check(config: schema.Config, wanted: search.Asked | None = None) -> None:
         base = method.apply_edits(params, start.edits)
         return parts.method.bind(base, start.train, start.state, method.Context()), start.state
 
-    bound, _ = jax.eval_shape(begun, key_shape())
+    bound, state = jax.eval_shape(begun, key_shape())
     cut.check_places(bound)
     if not masked.any_stands(bound):
         raise errors.ConfigError(nothing(config.output_dir, parts))
@@ -158,7 +158,8 @@ def check(config: schema.Config, wanted: search.Asked | None = None) -> None:
     cut.check(left, config.model.head or "lm")
     if wanted is not None:
         search.opened(parts, config.output_dir, counts, masked.taken_off(bound), wanted)
-    short = settings.cut_short(parts.method, steps(config, parts)) if parts.method.updates else None
+    masking = [m for m, own in method.split(parts.method, state) if m.updates and masked.targets(own)]
+    short = settings.cut_short(method.chain(*masking), steps(config, parts)) if masking else None
     if short:
         raise errors.ConfigError(short)
 
