@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tunejax import plots
-from tunejax.config import compare, load
+from tunejax.config import compare, load, schema
 from tunejax.core import errors
 from tunejax.evaluate import scores
 from tunejax.recipes import folder, page
@@ -196,7 +196,8 @@ def outcome(run: compare.Run, section: compare.CompareSection) -> Outcome:
         if not math.isfinite(quality):
             return Outcome(run.label, run.seed, "failed", f"{section.metric} is {quality}", None, None, figures)
         held_out = found.get("rows", {}).get("eval_examples")
-        asked = how_asked(out / "config.yaml") if section.metric == "eval_exact_match" else ""
+        drawn = section.metric == "eval_exact_match" and (out / "config.yaml").is_file()
+        asked = how_asked(load.load(out / "config.yaml")) if drawn else ""
         return Outcome(
             run.label, run.seed, "finished", "", quality, seconds, figures, found.get("devices", ""), held_out, asked
         )
@@ -206,11 +207,8 @@ def outcome(run: compare.Run, section: compare.CompareSection) -> Outcome:
     return Outcome(run.label, run.seed, "missing")
 
 
-def how_asked(file: Path) -> str:
-    """What of a run's config exact match depends on, beside the model and the rows; empty where it has none."""
-    if not file.is_file():
-        return ""
-    config = load.load(file)
+def how_asked(config: schema.Config) -> str:
+    """What of a config exact match depends on, beside the model and the rows."""
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p")
     drawn = {k: v for k in names if (v := getattr(config.generation, k)) is not None}
     return ", ".join([f"{config.evaluation.max_rows} rows at most", *(f"{k} {v:g}" for k, v in drawn.items())])
