@@ -16,7 +16,6 @@ import random
 import sys
 from pathlib import Path
 
-import adapters
 import torch
 import yaml
 from tqdm import tqdm
@@ -62,7 +61,10 @@ def choose(model, method: str) -> None:
     """Adds what the method adds; marks what trains. Adapters and biases train with pooler and classifier."""
     if method == "full":
         return
-    if method == "houlsby":  # 384 / 6 = 64 wide, after attention and after the feed-forward part
+    if method == "houlsby":
+        import adapters
+
+        # 384 / 6 = 64 wide, after attention and after the feed-forward part
         adapters.init(model)
         model.add_adapter("tuned", config=adapters.DoubleSeqBnConfig(reduction_factor=6))
         model.train_adapter("tuned")
