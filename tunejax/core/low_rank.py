@@ -127,6 +127,12 @@ def check(name: str, rank: int, dropout: float, alpha: float = 1.0) -> None:
         raise errors.ConfigError(f"{name}: alpha is {alpha}; it must be a number other than 0")
 
 
+def check_root(name: str, alpha: float) -> None:
+    """Raises ConfigError: an alpha below 0, where a start is made of the root of the scale."""
+    if alpha < 0:
+        raise errors.ConfigError(f"{name}: alpha is {alpha}; it must be above 0, for its root is part of the start")
+
+
 def scale_of(alpha: float, rank: int, rslora: bool) -> float:
     """alpha / rank, or alpha / sqrt(rank) (rsLoRA, arXiv:2312.03732)."""
     return alpha / (math.sqrt(rank) if rslora else rank)

@@ -4,7 +4,13 @@ import jax
 
 from tunejax.core import method as methods
 from tunejax.core import table
-from tunejax.core.method import Method, PyTree
+from tunejax.core.method import Method, PyTree, Start
+from tunejax.core.paths import Params
+
+
+def counts(tuned: Method, params: Params, start: Start) -> table.Table:
+    """How many parameters there are, and what of them trains. params, start: arrays, or their ShapeDtypeStructs."""
+    return table.table(params, learning(tuned, start.train), start.edits)
 
 
 def learning(tuned: Method, train: PyTree) -> PyTree:

@@ -80,11 +80,8 @@ def links(tuned: Tuned, library: str) -> list[Link]:
         raise errors.ConfigError(
             f"{library} has no form for {tuned.method.name}: one name of the config is a chain of several"
         )
-    out = []
-    for i, spec in enumerate(tuned.specs):
-        train, state = (split(tuned.method, t)[i][1] for t in (tuned.train, tuned.state))
-        out.append(Link(*registry.resolved(spec), train, state))
-    return out
+    own = zip(split(tuned.method, tuned.train), split(tuned.method, tuned.state), strict=True)
+    return [Link(*registry.resolved(s), t[1], u[1]) for s, (t, u) in zip(tuned.specs, own, strict=True)]
 
 
 def write(folder: Path, tuned: Tuned, config: ModelConfig, *, head: str, base_name: str) -> None:

@@ -41,17 +41,22 @@ def read(folder: Path, settings: Mapping[str, Any], config: ModelConfig, head: s
     prefix = SHARED_PREFIX if settings.get("peft_type") in peft_prompts.READ else PREFIX
     tensors = {PREFIX + k.removeprefix(prefix) if k.startswith(prefix) else k: x for k, x in tensors.items()}
     if settings.get("task_type") == HEADLESS:
-        tensors = {_headed(k, config, head): x for k, x in tensors.items()}
+        tensors = _headed(tensors, config, head)
     tensors = {k.replace(OWN, "."): x for k, x in tensors.items() if ORIGINAL not in k}
     tied = modules.tied_head(config, head)
     return tensors if tied is None else _untied(folder / WEIGHTS, _one_bias(folder, tensors, tied), tied, config, head)
 
 
-def _headed(key: str, config: ModelConfig, head: str) -> str:
-    """The key with the family's prefix before a module that has it here; the model may have been one with a head."""
-    inner, bare = registry.get(config.family).prefixes[0], key.removeprefix(PREFIX)
-    there = {place.module for place in modules.places(config, head).values()}
-    return PREFIX + inner + bare if any((inner + bare).startswith(f"{m}.") for m in there) else key
+def _headed(tensors: dict[str, np.ndarray], config: ModelConfig, head: str) -> dict[str, np.ndarray]:
+    """With the family's prefix before each module that has it here; the model may have been one with a head."""
+    inner = registry.get(config.family).prefixes[0]
+    there = tuple({f"{place.module}." for place in modules.places(config, head).values()})
+
+    def named(key: str) -> str:
+        longer = inner + key.removeprefix(PREFIX)
+        return PREFIX + longer if longer.startswith(there) else key
+
+    return {named(k): x for k, x in tensors.items()}
 
 
 def _loaded(folder: Path) -> dict[str, np.ndarray]:

@@ -48,8 +48,7 @@ def loftq(
     """
     quantized.check("loftq", kind, block_size)
     low_rank.check("loftq", rank, dropout, alpha)
-    if alpha < 0:
-        raise errors.ConfigError(f"loftq: alpha is {alpha}; it must be above 0, for its root is part of the start")
+    low_rank.check_root("loftq", alpha)
     if iterations < 1:
         raise errors.ConfigError(f"loftq: iterations is {iterations}; it must be at least 1 (the paper takes 5)")
     scale = low_rank.scale_of(alpha, rank, False)

@@ -74,8 +74,7 @@ def pissa(
       TargetError (from init): nothing matched, what matched is no kernel, or it has a side below ``rank``.
     """
 
-    if alpha < 0:
-        raise errors.ConfigError(f"pissa: alpha is {alpha}; it must be above 0, for its root is part of the start")
+    low_rank.check_root("pissa", alpha)
 
     def leading(kernel: jax.Array, scale: float) -> tuple[jax.Array, jax.Array]:
         u, s, vt = jnp.linalg.svd(kernel, full_matrices=False)

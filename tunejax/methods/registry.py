@@ -150,22 +150,18 @@ def with_kept(
         name = spec.get("name")
         taken = getattr(find(name)[1], "LOADED", ()) if isinstance(name, str) else ()
         if isinstance(taken, Mapping):
-            own = (
-                state()
-                if len(out) == 1
-                else _nth(state(), places[i], places[:i].count(places[i]), places.count(places[i]))
-            )
+            own = state() if len(out) == 1 else _nth(state(), places, i)
             spec |= {key: of(own) for key, of in taken.items() if key in spec and own}
     return out
 
 
-def _nth(state: Mapping[str, Any], name: str, n: int, of: int) -> Any:
-    """The state of the chain's part number ``n`` of that name; None where it has not ``of`` such parts.
+def _nth(state: Mapping[str, Any], names: list[str], i: int) -> Any:
+    """The state of what is ``names[i]`` in a list of methods; None where the chain has not as many of that name.
 
-    Its place in a chain (`core.method.chain`) is not that in the list, since a preset is several parts.
+    Its place in the chain (`core.method.chain`) is not that in the list, since a preset is several parts.
     """
-    found = [k for k in state if k.partition(":")[2] == name]
-    return state[sorted(found, key=lambda k: int(k.partition(":")[0]))[n]] if len(found) == of else None
+    found = sorted((k for k in state if k.partition(":")[2] == names[i]), key=lambda k: int(k.partition(":")[0]))
+    return state[found[names[:i].count(names[i])]] if len(found) == names.count(names[i]) else None
 
 
 def scale_of(spec: Mapping[str, Any] | str) -> float:

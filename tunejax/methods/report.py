@@ -56,21 +56,17 @@ def describe(method: Method, params: Params, start: Start) -> Report:
     layer_of = _layers(params)
     entries: list[Entry] = []
     warnings: list[str] = []
-    for name, part, train in _parts(method, start):
+    for part, train in split(method, start.train):
         # A method that trains nothing is described by what it rewrites.
         sizes = _sizes(train, flat) or {p: 0 for p, leaf in start.edits.items() if leaf is not None}
         restricted = bool(part.cuts(sum(s.size for s in paths.segments(params))))
         for pattern in part.targets or ("(by itself)",):
-            entry = _entry(name, pattern, sizes, flat, layer_of)
+            entry = _entry(part.name, pattern, sizes, flat, layer_of)
             entries.append(entry)
             warnings += _unmatched_alternatives(entry, flat)
             if entry.left_out and not restricted:
-                warnings += [f"{name}: {pattern!r} leaves out {m}{_span(x)}" for m, x in entry.left_out.items()]
-    return Report(entries, warnings, sum(_count(t) for _, _, t in _parts(method, start)))
-
-
-def _parts(method: Method, start: Start) -> list[tuple[str, Method, Any]]:
-    return [(m.name, m, own) for m, own in split(method, start.train)]
+                warnings += [f"{part.name}: {pattern!r} leaves out {m}{_span(x)}" for m, x in entry.left_out.items()]
+    return Report(entries, warnings, _count(start.train))
 
 
 def _count(train: Any) -> int:

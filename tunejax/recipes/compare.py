@@ -41,7 +41,8 @@ RECORD = "compare.yaml"
 def main(args: argparse.Namespace) -> int:
     """Runs the comparison; 0, or 1 where a run failed or its result is not what its ``expected`` says."""
     comparison = compare.load_comparison(args.config, args.overrides)
-    check_files(comparison, chosen(comparison, args.only))
+    chosen(comparison, args.only)
+    check_folder(comparison)
     comparison = resolved(comparison, args.only)
     runs = chosen(comparison, args.only)
     check(comparison)
@@ -73,14 +74,11 @@ def chosen(comparison: compare.Comparison, only: list[str] | None) -> list[compa
     return [r for r in comparison.runs if not only or r.label in only]
 
 
-def check_files(comparison: compare.Comparison, runs: list[compare.Run]) -> None:
-    """Raises ConfigError where the output folder is not of a comparison, or a file of rows is not there."""
+def check_folder(comparison: compare.Comparison) -> None:
+    """Raises ConfigError where the output folder holds something else than a comparison."""
     out = comparison.folder
     if out.exists() and not (out.is_dir() and ((out / RECORD).is_file() or not any(out.iterdir()))):
         raise errors.ConfigError(f"output_dir {out} is there and not of a comparison (it has no {RECORD})")
-    for run in {r.label: r for r in runs}.values():
-        with _named(run.label):
-            validate.check_files(run.config)
 
 
 def resolved(comparison: compare.Comparison, only: list[str] | None = None) -> compare.Comparison:
@@ -95,6 +93,8 @@ def resolved(comparison: compare.Comparison, only: list[str] | None = None) -> c
     for run in sorted(comparison.runs, key=lambda r: not begun(r)):  # what a run was begun with holds for the others
         if run.label not in methods:
             with _named(run.label):
+                if latency.pending(run.config):  # a file that is not there shows before minutes of measuring
+                    validate.check_files(run.config)
                 methods[run.label] = latency.resolved(run.config).method
     runs = [r._replace(config=r.config.model_copy(update={"method": methods[r.label]})) for r in comparison.runs]
     return comparison._replace(runs=runs)

@@ -11,7 +11,7 @@ import jax
 import optax
 
 from tunejax.config import schema
-from tunejax.core import errors, method, paths, rates, table
+from tunejax.core import errors, paths, rates
 from tunejax.core.model import key_shape
 from tunejax.methods import report
 from tunejax.recipes import (
@@ -127,10 +127,10 @@ def begin(ready: Ready) -> Begun:
     heads = members.drawn_heads(own, loaded)
     shapes = jax.eval_shape(parts.method.init, key_shape(), loaded.params)
     likes = [jax.eval_shape(p.method.init, key_shape(), loaded.params) for p in own]
-    counts = [counted(p, loaded.params, like) for p, like in zip(own, likes, strict=True)]
+    counts = [rates.counts(p.method, loaded.params, like) for p, like in zip(own, likes, strict=True)]
     told = report.describe(parts.method, loaded.params, shapes)
     frozen = [p for p in loaded.fresh if p not in shapes.edits]
-    train.announce(parts, counted(parts, loaded.params, shapes), told, ready.data, ready.total, frozen)
+    train.announce(parts, rates.counts(parts.method, loaded.params, shapes), told, ready.data, ready.total, frozen)
     fresh = {p: adapter.on_host(paths.get(loaded.params, p)) for p in frozen}
     factors = [many.factors_of(shapes, members.keyed(parts.method, f)) for f in ready.plans]
     optimizer = settings.optimizer(ready.config, ready.total)
@@ -143,11 +143,6 @@ def begin(ready: Ready) -> Begun:
         for p, count in zip(own, counts, strict=True)
     ]
     return Begun(teacher.beside(parts, taught, base), likes, begun, kept)
-
-
-def counted(parts: assemble.Parts, params: paths.Params, start: method.Start) -> table.Table:
-    """How many parameters there are, and what of them trains."""
-    return table.table(params, rates.learning(parts.method, start.train), start.edits)
 
 
 def through(ready: Ready, begun: Begun) -> loop.Result:

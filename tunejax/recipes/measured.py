@@ -55,15 +55,15 @@ def check_match(parts: assemble.Parts, found: rows.Rows) -> None:
         )
 
 
-def check_best(parts: assemble.Parts) -> None:
+def check_best(parts: assemble.Parts, scores: list[str] | None = None) -> None:
     """Raises ConfigError where ``train.metric_for_best_model`` is not among the scores of an evaluation.
 
-    What a teacher adds to them is not known here.
+    What a teacher adds to them is not known here. scores: of `evaluated`, where it was called already.
     """
     wanted = settings.loop_options(parts.config, 1).best_metric
     if not parts.config.data.eval_path or parts.config.distill is not None or wanted == "eval_loss":
         return
-    known = evaluated(parts)
+    known = evaluated(parts) if scores is None else scores
     if wanted not in known:
         raise errors.ConfigError(
             f"train.metric_for_best_model: {wanted!r} is not measured while training. "

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from tunejax.core import errors, portable, rates, table
+from tunejax.core import errors, portable, rates
 from tunejax.core.method import Method, Start, chain
 from tunejax.core.model import key_shape
 from tunejax.methods import registry
@@ -95,7 +95,7 @@ def _row(name: str) -> Row:
     paper = PAPER.search(opening) or PAPER.search((module.__doc__ or "").partition("\n\n")[0])
     form = portable.form_of(module, name) or portable.prompt_of(module, name) or portable.whole_of(module, name)
     hub = portable.hub_of(module, name)
-    counts = table.table(shapes, rates.learning(method, start.train), start.edits)
+    counts = rates.counts(method, shapes, start)
     return Row(
         name,
         CITATION.sub("", opening).partition(". ")[0].rstrip("."),

@@ -108,7 +108,7 @@ def begin(ready: Ready) -> Begun:
     tuned, one = ready.parts, ready.one
     loaded = assemble.load(tuned)
     shapes = jax.eval_shape(tuned.method.init, key_shape(), loaded.params)
-    counts = table.table(loaded.params, rates.learning(tuned.method, shapes.train), shapes.edits)
+    counts = rates.counts(tuned.method, loaded.params, shapes)
     frozen = [p for p in loaded.fresh if p not in shapes.edits]
     announce(tuned, counts, report.describe(tuned.method, loaded.params, shapes), ready.data, ready.total, frozen)
     fresh = {p: adapter.on_host(paths.get(loaded.params, p)) for p in frozen}

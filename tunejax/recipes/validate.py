@@ -6,7 +6,7 @@ from pathlib import Path
 import jax
 
 from tunejax.config import load, locate
-from tunejax.core import errors, rates, table
+from tunejax.core import errors, rates
 from tunejax.core.model import key_shape
 from tunejax.data import labels, rows
 from tunejax.interop import tensors
@@ -22,7 +22,6 @@ def main(args: argparse.Namespace) -> None:
     runtime.begin()
     parts = parts_of(config)
     settings.batches(config, parts.mesh)
-    measured.check_best(parts)
     labels.check_order(config.data.labels or (), parts.known)
     stored = tensors.open_folder(parts.folder)
     check_optimizer(config)
@@ -30,12 +29,12 @@ def main(args: argparse.Namespace) -> None:
         members.plan(members.configs_of(config))
     params = jax.eval_shape(parts.model.init, key_shape())
     start = jax.eval_shape(parts.method.init, key_shape(), params)
-    measured.evaluated(parts)  # what shows in a forward pass alone
+    measured.check_best(parts, measured.evaluated(parts))  # some mistakes show in a forward pass alone
     print(f"model    {parts.name}: {parts.model_config.family}, {len(stored)} tensors in {parts.folder}")
     print(f"mesh     {dict(parts.mesh.shape)} on {jax.devices()[0].device_kind}")
     print(f"method   {parts.method.name}")
     print(report.describe(parts.method, params, start).text())
-    print(table.table(params, rates.learning(parts.method, start.train), start.edits).text())
+    print(rates.counts(parts.method, params, start).text())
     print("valid: nothing was run or written")
 
 
