@@ -309,7 +309,10 @@ class Config(Section):
                 raise ValueError(f"a method is a mapping with a name, such as {{name: lora, rank: 8}}; found {spec!r}")
         if not specs:
             raise ValueError("name at least one method")
-        return specs if isinstance(value, list) else specs[0]
+        from tunejax.methods import registry  # reads jax, which the rest of a config can do without
+
+        specs = registry.spelled_out(specs)
+        return specs if isinstance(value, list) or len(specs) > 1 else specs[0]
 
     @model_validator(mode="after")
     def _cloze_fits(self) -> "Config":

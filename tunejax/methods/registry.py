@@ -12,7 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from tunejax.core import errors, rates
+from tunejax.core import errors, peft_words, rates
 from tunejax.core import method as methods
 from tunejax.core.method import Method
 
@@ -65,28 +65,6 @@ NAMES: dict[str, str] = {
 }
 """Name in a config -> where its factory lies."""
 
-MODULES: dict[str, list[str]] = {
-    "q_proj": ["attention/q/kernel"],
-    "k_proj": ["attention/k/kernel"],
-    "v_proj": ["attention/v/kernel"],
-    "o_proj": ["attention/o/kernel"],
-    "gate_proj": ["mlp/gate/kernel"],
-    "up_proj": ["mlp/up/kernel"],
-    "down_proj": ["mlp/down/kernel"],
-    "query": ["attention/q/kernel"],
-    "key": ["attention/k/kernel"],
-    "value": ["attention/v/kernel"],
-    "output.dense": ["attention/o/kernel", "mlp/down/kernel"],
-    "attention.output.dense": ["attention/o/kernel"],
-    "intermediate.dense": ["mlp/up/kernel"],
-    "c_attn": ["attention/{q,k,v}/kernel"],
-    "c_proj": ["attention/o/kernel", "mlp/down/kernel"],
-    "c_fc": ["mlp/up/kernel"],
-    "all-linear": ["/layers/**/kernel"],
-}
-"""Names of modules in Hugging Face's models -> globs here; what is not listed is taken as a glob."""
-
-
 SCALE = "learning_rate_scale"
 """What any description may say: what the learning rate of all that the method trains is multiplied by."""
 
@@ -119,7 +97,18 @@ def build(
     listed = [specs] if isinstance(specs, Mapping | str) else list(specs)
     if not listed:
         raise errors.ConfigError(f"method: the list is empty; name at least one of {', '.join(NAMES)}")
-    return methods.chain(*(_one(s, tokenize, load, facts, within) for s in listed))
+    return methods.chain(*(_one(s, tokenize, load, facts, within) for s in spelled_out(listed)))
+
+
+def spelled_out(specs: Sequence[Mapping[str, Any] | str]) -> list[Any]:
+    """The descriptions, with several in place of one that says in PEFT's words what is several here (`peft_words`)."""
+    out: list[Any] = []
+    for spec in specs:
+        if isinstance(spec, Mapping) and isinstance(spec.get("name"), str) and spec.keys() & set(peft_words.WORDS):
+            out += peft_words.spread(spec, *find(spec["name"]))
+        else:
+            out.append(spec)
+    return out
 
 
 def _one(spec: Mapping[str, Any] | str, tokenize: Any, load: Any, facts: Any, within: tuple[Any, ...]) -> Method:
@@ -185,7 +174,7 @@ def _description(built: Any, spec: Any) -> Any:
     """(name, every argument) of each method of a description; of what was given as a method, that method."""
     if not isinstance(spec, Mapping | str | list):
         return built
-    return [resolved(s)[:2] for s in ([spec] if isinstance(spec, Mapping | str) else spec)]
+    return [resolved(s)[:2] for s in spelled_out([spec] if isinstance(spec, Mapping | str) else spec)]
 
 
 def _defaults(factory: Callable[..., Any]) -> dict[str, Any]:
@@ -310,28 +299,10 @@ def _renamed(name: str, given: Mapping[str, Any], aliases: Mapping[str, str]) ->
                 f"method {name!r}: {said[ours]!r} and {key!r} are words for one argument; give one of them"
             )
         said[ours] = key
-        out[ours] = _globs(value) if key in ("target_modules", "feedforward_modules") else value
+        out[ours] = peft_words.globs(value) if key in ("target_modules", "feedforward_modules") else value
         if key == "layers_to_transform" and isinstance(value, list):
-            out[ours] = _slice(name, value)
+            out[ours] = peft_words.layers(name, value)
     return out
-
-
-def _slice(name: str, layers: list[Any]) -> str:
-    """PEFT's list of layers as a slice. Raises ConfigError where it has gaps, or what is no number."""
-    numbers = [x for x in layers if isinstance(x, int) and not isinstance(x, bool)]
-    first = min(numbers, default=0)
-    if not layers or len(numbers) < len(layers) or sorted(numbers) != list(range(first, first + len(layers))):
-        raise errors.ConfigError(
-            f"method {name!r}: layers_to_transform {layers} is no run of layers; chain one method for each run"
-        )
-    return f"{first}:{first + len(layers)}"
-
-
-def _globs(modules: Any) -> Any:
-    listed = [modules] if isinstance(modules, str) else modules
-    if not isinstance(listed, list):
-        return modules
-    return [glob for m in listed for glob in (MODULES.get(m, [m]) if isinstance(m, str) else [m])]
 
 
 def arguments(name: str, factory: Callable[..., Any], given: Mapping[str, Any]) -> dict[str, Any]:
