@@ -262,6 +262,12 @@ KINDS = {
     "hra": ("HRAConfig", {"r": 4}, {"rank": 4}),
     "fourierft": ("FourierFTConfig", {"n_frequency": 20, "scaling": 50.0}, {"n_frequency": 20, "scaling": 50.0}),
     "miss": ("MissConfig", {"r": 5}, {"rank": 5}),
+    "pissa": ("LoraConfig", {"r": 3, "lora_alpha": 5, "init_lora_weights": "pissa"}, {"rank": 3, "alpha": 5.0}),
+    "olora": (
+        "LoraConfig",
+        {"r": 3, "lora_alpha": 5, "init_lora_weights": "olora", "use_rslora": True},
+        {"rank": 3, "alpha": 5.0, "rslora": True},
+    ),
     "adalora": (
         "AdaLoraConfig",
         {"init_r": 4, "target_r": 2, "total_step": 20, "tinit": 3, "deltaT": 2, "lora_alpha": 3},

@@ -21,20 +21,27 @@ WORDS = {
     "llama classes": {"target_modules": "all-linear", "rank_pattern": {"mlp.up_proj": 2}, "modules_to_save": ["score"]},
     "qwen3": {"target_modules": ["self_attn.k_proj", "mlp.gate_proj", "o_proj"], "exclude_modules": ["o_proj"]},
     "gpt2": {"target_modules": ["attn.c_proj", "c_fc"], "rank_pattern": {"c_fc": 2}},
-    "bert": {"target_modules": "all-linear", "modules_to_save": ["classifier"]},
-    "bert mlm": {"target_modules": ["query", "dense"], "alpha_pattern": {"query": 2}},
+    "bert": {
+        "target_modules": "all-linear", "rank_pattern": {"dense": 3}, "modules_to_save": ["pooler", "classifier"],
+        "exclude_modules": ["lm_head", "key"],
+    },
+    "bert mlm": {"target_modules": ["query", "dense"], "rank_pattern": {"dense": 3}, "alpha_pattern": {"query": 2}},
+    "gpt2 norms": {"target_modules": ["c_fc"], "modules_to_save": ["ln_1", "ln_f"]},
+    "llama norms": {"target_modules": "all-linear", "modules_to_save": ["norm", "down_proj"]},
+    "qwen3 norms": {"target_modules": ["k_proj"], "modules_to_save": ["norm"]},
 }  # fmt: skip
 
 
 @pytest.fixture(params=WORDS, scope="module")
 def named(request, tmp_path_factory):
     """(name, (folder, head)) of a base."""
-    return request.param, side.save_base(request.param, tmp_path_factory.mktemp("base"))
+    return request.param, side.save_base(request.param.removesuffix(" norms"), tmp_path_factory.mktemp("base"))
 
 
 def trained(model):
-    """Shape by name of what trains of a PEFT model."""
-    return {k: tuple(p.shape) for k, p in model.named_parameters() if p.requires_grad and "original_module" not in k}
+    """Shape by name of what trains of a PEFT model, whichever module above a kernel is saved."""
+    named = [(k, p) for k, p in model.named_parameters() if p.requires_grad and "original_module" not in k]
+    return {k.replace("modules_to_save.default.", ""): tuple(p.shape) for k, p in named}
 
 
 def scales(model):
@@ -48,7 +55,7 @@ def test_the_same_trains_as_under_peft(named, tmp_path):
     found, logits = side.tuned(base, registry.spelled_out([{"name": "lora", **words}]))
     ours.write(tmp_path, found, hf.read_config(base[0]), head=base[1], base_name=str(base[0]))
     read = peft.PeftModel.from_pretrained(side.their_model(base[0]), tmp_path, is_trainable=True).eval()
-    theirs = side.their_adapter(base, "LoraConfig", fan_in_fan_out=name == "gpt2", **words)
+    theirs = side.their_adapter(base, "LoraConfig", fan_in_fan_out=name.startswith("gpt2"), **words)
     assert scales(read) == scales(theirs)
     assert trained(read) == trained(theirs)
     np.testing.assert_allclose(side.their_logits(read), logits, atol=2e-5)
@@ -59,9 +66,11 @@ def test_in_a_config_they_become_several_methods():
             "alpha_pattern": None, "modules_to_save": ["lm_head"]}  # fmt: skip
     raw = {"output_dir": "runs/x", "data": {"path": "x.jsonl"}, "method": spec}
     assert load.check(raw).method == [
-        {"name": "dora", "target_modules": ["attention/q/kernel", "attention/v/kernel"], "rank": 2},
+        {"name": "dora", "target_modules": ["{attention/q,attention/v}/kernel"], "rank": 2},
         {"name": "full", "targets": ["/head/*"]},
     ]
+    scaled = {"name": "lora", "learning_rate_scale": 0.1, "modules_to_save": ["lm_head"]}
+    assert all(s["learning_rate_scale"] == 0.1 for s in load.check({**raw, "method": scaled}).method)
     plain = {"name": "lora", "r": 4, "rank_pattern": {}, "modules_to_save": None}
     assert load.check({**raw, "method": plain}).method == {"name": "lora", "r": 4}
 
@@ -75,6 +84,8 @@ def test_in_a_config_they_become_several_methods():
         ({"rank_pattern": 3}, "rank_pattern is 3; expected numbers by names of modules"),
         ({"rank_pattern": {"q_proj": "two"}}, "rank: expected a valid integer, found 'two'"),
         ({"modules_to_save": "classifier"}, "is 'classifier'; expected a list of names of modules"),
+        ({"exclude_modules": "lm_had"}, "'lm_had' is no module's name. Did you mean 'lm_head'"),
+        ({"target_modules": ["q_proj"], "exclude_modules": ["query"]}, "leave nothing to adapt"),
         ({"name": "vera", "rank_pattern": {"q_proj": 2}}, "rank_pattern: unknown"),
     ],
 )

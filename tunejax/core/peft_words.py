@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any
 
-from tunejax.core import errors, paths, portable
+from tunejax.core import errors, paths, portable, rates
 
 MODULES: dict[str, list[str]] = {
     "q_proj": ["attention/q/kernel"],
@@ -45,10 +45,16 @@ PARENTS = {"self_attn": "attention/", "attn": "attention/", "attention.self": "a
 WHOLE: dict[str, list[str]] = {
     **{k: ["/embed/*"] for k in ("embed_tokens", "wte", "word_embeddings")},
     **{k: ["/positions/*"] for k in ("wpe", "position_embeddings")},
-    **{k: ["/norm/*"] for k in ("norm", "ln_f")},
+    **{k: ["attention/norm/*"] for k in ("input_layernorm", "ln_1")},
+    **{k: ["mlp/norm/*"] for k in ("post_attention_layernorm", "ln_2")},
+    **{k: ["{norm,q_norm,k_norm,embed_norm}/*"] for k in ("norm", "LayerNorm")},
+    **{k: [f"{k}/*"] for k in ("q_norm", "k_norm")},
+    "token_type_embeddings": ["/types/*"],
+    "ln_f": ["/norm/*"],
     "pooler": ["/pooler/*"],
 }
-"""The same of modules that can be saved whole and are no kernels."""
+"""The same of modules that are no kernels, to be saved whole. PEFT looks for a name at the end of a module's: "norm" is
+the norms in the blocks too. A tied head is the embedding here, and trains with it."""
 
 KERNELS = (
     *(f"layers/0/attention/{k}/kernel" for k in "qkvo"),
@@ -92,11 +98,13 @@ def layers(name: str, numbers: list[Any]) -> str:
 def spread(spec: Mapping[str, Any], factory: Callable[..., Any], module: ModuleType) -> list[dict[str, Any]]:
     """The descriptions that one with `WORDS` stands for, in the order of a chain.
 
+    As in PEFT, a module that is saved whole is not adapted. What is adapted is then named kernel by kernel.
+
     factory, module: of the method that it names. A word that is an argument of that, or that PEFT does not have for
     it, stays where it is.
 
     Raises:
-      ConfigError: a word's value is of another form, or names a module that is not targeted.
+      ConfigError: a word's value is of another form, or names what is no module or is not targeted; nothing is left.
     """
     name, own = str(spec["name"]), inspect.signature(factory).parameters
     form = portable.form_of(module, name)
@@ -105,16 +113,22 @@ def spread(spec: Mapping[str, Any], factory: Callable[..., Any], module: ModuleT
     rest = {k: v for k, v in spec.items() if k not in words}
     for word, value in words.items():
         _check(name, word, value)
-    key = "target_modules" if "target_modules" in spec else "targets"
-    default = own["targets"].default if "targets" in own else []
-    targets = globs(rest.get(key, default))
-    if words.get("exclude_modules"):
-        targets = [*targets, *(f"!{g}" for g in globs(words["exclude_modules"]))]
-        rest = {**rest, key: targets}
-    exceptions = _exceptions(name, words, targets)
-    parts = _parts(rest, key, targets, exceptions, getattr(module, "ALIASES", {})) if exceptions else [rest]
-    saved = [g for m in words.get("modules_to_save") or () for g in _saved(m)]
-    return parts + ([{"name": "full", "targets": saved}] if saved else [])
+    whole = [g for m in words.get("modules_to_save") or () for g in _saved(m)]
+    parts = [rest]
+    if "targets" in own:
+        key = "target_modules" if "target_modules" in spec else "targets"
+        listed = globs(rest.get(key, own["targets"].default))
+        listed = [listed] if isinstance(listed, str) else listed
+        mine = [p for p in KERNELS if paths.chosen(listed, p)]
+        gone = _excluded(name, words.get("exclude_modules") or [])
+        left = [p for p in mine if not paths.chosen(gone, p) and not paths.chosen(whole, p)]
+        if mine and not left:
+            raise errors.ConfigError(f"method {name!r}: exclude_modules and modules_to_save leave nothing to adapt")
+        exceptions = _exceptions(name, words, left)
+        if exceptions or len(left) < len(mine):
+            parts = _parts(rest, key, left, exceptions, getattr(module, "ALIASES", {}))
+    saved = {"name": "full", "targets": whole, **{k: spec[k] for k in (rates.SCALE,) if k in spec}}
+    return parts + ([saved] if whole else [])
 
 
 def _check(name: str, word: str, value: Any) -> None:
@@ -134,13 +148,21 @@ def _saved(module: str) -> list[str]:
     return WHOLE.get(module, kernels)
 
 
-def _exceptions(name: str, words: Mapping[str, Any], targets: Any) -> dict[str, dict[str, Any]]:
+def _excluded(name: str, modules: str | list[str]) -> list[str]:
+    """Globs over what is left out; the model may well lack it. Raises ConfigError on what is no module anywhere."""
+    for module in [modules] if isinstance(modules, str) else modules:
+        if not any(paths.chosen(globs(module), p) for p in KERNELS):
+            near = errors.did_you_mean(module, list(MODULES))
+            raise errors.ConfigError(f"method {name!r}: exclude_modules: {module!r} is no module's name. {near}")
+    return globs([modules] if isinstance(modules, str) else modules)
+
+
+def _exceptions(name: str, words: Mapping[str, Any], left: list[str]) -> dict[str, dict[str, Any]]:
     """Kernel -> the arguments that are others there. As in PEFT, the first name that fits counts."""
     out: dict[str, dict[str, Any]] = {}
-    listed = [targets] if isinstance(targets, str) else targets
     for word, argument in PATTERNS.items():
         for module, value in (words.get(word) or {}).items():
-            meant = [p for p in KERNELS if paths.chosen(listed, p) and paths.chosen(globs(str(module)), p)]
+            meant = [p for p in left if paths.chosen(globs([str(module)]), p)]
             if not meant:
                 raise errors.ConfigError(
                     f"method {name!r}: {word}: {module!r} is none of what {name} targets; expected a module's name for "
@@ -154,20 +176,23 @@ def _exceptions(name: str, words: Mapping[str, Any], targets: Any) -> dict[str, 
 def _parts(
     spec: Mapping[str, Any],
     key: str,
-    targets: Any,
+    left: list[str],
     exceptions: Mapping[str, dict[str, Any]],
     aliases: Mapping[str, str],
 ) -> list[dict[str, Any]]:
     """One description of what is not excepted, where there is any, and one of each group of equal exceptions."""
-    listed = [targets] if isinstance(targets, str) else targets
-    tails = {p: p.removeprefix("layers/0/") if p.startswith("layers/") else f"/{p}" for p in exceptions}
     groups: dict[str, list[str]] = {}
-    for path, others in exceptions.items():
-        groups.setdefault(json.dumps(others, sort_keys=True), []).append(path)
-    left = any(paths.chosen(listed, p) for p in KERNELS if p not in exceptions)
-    out = [{**spec, key: [*listed, *(f"!{t}" for t in tails.values())]}] if left else []
-    for group in groups.values():
-        others = exceptions[group[0]]
+    for path in left:
+        groups.setdefault(json.dumps(exceptions.get(path, {}), sort_keys=True), []).append(path)
+    out = []
+    for group in sorted(groups.values(), key=lambda g: g[0] in exceptions):
+        others = exceptions.get(group[0], {})
         kept = {k: v for k, v in spec.items() if aliases.get(k, k) not in others}
-        out.append({**kept, key: [tails[p] for p in group], **others})
+        out.append({**kept, key: [_either(group)], **others})
     return out
+
+
+def _either(kernels: list[str]) -> str:
+    """One glob over those of the kernels that a model has: two names of a list might both have to be there."""
+    tails = [p.removeprefix("layers/0/").removesuffix("/kernel") for p in kernels]
+    return (f"{{{','.join(tails)}}}" if len(tails) > 1 else tails[0]) + "/kernel"

@@ -41,6 +41,8 @@ class Form(NamedTuple):
                that a checkpoint keeps for several (GPT-2's c_attn), or None where the method has no such form.
     split:     (arrays, index of the part, number of parts) -> arrays of that part.
     note:      (arguments) -> what to know before PEFT reads it, or "".
+    own:       how PEFT keeps what it trained as this method itself, where what is written here is another of its kinds;
+               such a folder is read, and none is written.
     """
 
     peft_type: str
@@ -61,6 +63,7 @@ class Form(NamedTuple):
     fuse: Callable[[Sequence[Arrays | None], Sequence[int], Arguments], tuple[Arrays, dict]] | None = None
     split: Callable[[Arrays, int, int], Arrays] | None = None
     note: Callable[[Arguments], str] = lambda arguments: ""
+    own: "Form | None" = None
 
 
 class Prompt(NamedTuple):

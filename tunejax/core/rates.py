@@ -7,6 +7,9 @@ from tunejax.core import table
 from tunejax.core.method import Method, PyTree, Start
 from tunejax.core.paths import Params
 
+SCALE = "learning_rate_scale"
+"""What any method's description may say: what the learning rate of all that it trains is multiplied by."""
+
 
 def counts(tuned: Method, params: Params, start: Start) -> table.Table:
     """How many parameters there are, and what of them trains. params, start: arrays, or their ShapeDtypeStructs."""

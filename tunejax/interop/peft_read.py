@@ -177,7 +177,8 @@ def _method(settings: Mapping[str, Any]) -> tuple[str, portable.Form]:
     """The method of that type whose flags agree; the one with the most flags where several do."""
     kind = settings.get("peft_type")
     all_forms = [(n, portable.form_of(registry.find(n)[1], n)) for n in registry.NAMES]
-    forms = [(n, f) for n, f in all_forms if f is not None and f.read is not None]
+    own = [(n, f.own or f) for n, f in all_forms if f is not None]
+    forms = [(n, f) for n, f in own if f.read is not None]
     agreeing = [
         (len(f.flags), n, f)
         for n, f in forms

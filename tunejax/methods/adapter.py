@@ -51,7 +51,8 @@ def houlsby(
     drop_random: int = 0,
     reads: str = "branch",
 ) -> Method:
-    """Trains two adapters a block, on the outputs of attention and of the MLP (Houlsby et al., arXiv:1902.00751).
+    """Trains two adapters a block, on the outputs of attention and of the MLP; with `norm_tuning` behind it, the norms
+    too, as the paper does (Houlsby et al., arXiv:1902.00751).
 
     Args:
       targets: globs over the kernels whose outputs are adapted.

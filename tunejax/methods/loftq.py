@@ -21,6 +21,9 @@ from tunejax.core.paths import Params
 ALIASES = {**low_rank.ALIASES, "loftq_iter": "iterations"}
 """What PEFT calls it -> what it is here."""
 
+PEFT = low_rank.PEFT._replace(read=None)
+"""A plain LoRA, on the rounded base."""
+
 
 def loftq(
     kind: str = "nf4",

@@ -35,10 +35,16 @@ def _doubled(arguments: portable.Arguments, sites: Sequence[portable.Arrays]) ->
     return {**arguments, "rank": 2 * arguments["rank"], "alpha": grown * arguments["alpha"]}
 
 
-PEFT = low_rank.PEFT._replace(
-    write=lambda arrays: low_rank.PEFT.write(_difference(arrays)), read=None, written=_doubled, fuse=None
-)
-"""A plain LoRA of twice the rank, on the base as it is."""
+def _form(start: str) -> portable.Form:
+    own = low_rank.PEFT._replace(flags={**low_rank.PEFT.flags, "init_lora_weights": start}, fuse=None, split=None)
+    return low_rank.PEFT._replace(
+        write=lambda arrays: low_rank.PEFT.write(_difference(arrays)), read=None, written=_doubled, fuse=None, own=own
+    )
+
+
+PEFT = {"pissa": _form("pissa"), "olora": _form("olora")}
+"""Written as a plain LoRA of twice the rank, on the base as it is; PEFT's own folders hold A and B alone, and whoever
+loads one takes A0 and B0 from the base once more."""
 
 PRODUCT = low_rank.PRODUCT._replace(
     factors=lambda arrays: combine.Factors(

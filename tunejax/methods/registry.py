@@ -65,8 +65,7 @@ NAMES: dict[str, str] = {
 }
 """Name in a config -> where its factory lies."""
 
-SCALE = "learning_rate_scale"
-"""What any description may say: what the learning rate of all that the method trains is multiplied by."""
+SCALE = rates.SCALE
 
 
 def build(

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import yaml
 
 from tunejax.core import errors, portable, rates
 from tunejax.core.method import Method, Start, chain
@@ -24,6 +25,12 @@ PAPER = re.compile(r"arXiv:\s*(\d{4}\.\d{4,5})")
 CITATION = re.compile(r" \([^()]*arXiv:[^()]*\)")
 PARTNER = {"name": "lora"}
 """The method that the others are tried with."""
+VARIANTS: dict[str, tuple[str, str, list[dict[str, Any]]]] = {
+    "rsLoRA": ("LoRA scaled by alpha / √rank", "2312.03732", [{"name": "lora", "rslora": True}]),
+    "QLoRA": ("LoRA over kernels in 4 bits", "2305.14314", [{"name": "quantize", "kind": "nf4"}, {"name": "lora"}]),
+    "AdapterDrop": ("Adapters, but in none of the first layers", "2010.11918", [{"name": "pfeiffer", "drop_first": 5}]),
+}
+"""What has a name and a paper and is an argument or a chain here: what it is, its paper, its description."""
 TRAINED = {"name": "pfeiffer", "width": 1}
 """What earlier runs trained, for a method that uses such."""
 
@@ -57,8 +64,8 @@ def main(args: argparse.Namespace) -> None:
 
 
 def rows() -> list[Row]:
-    """One row a method of the registry, in its order."""
-    return [_row(name) for name in registry.NAMES]
+    """One row a method of the registry, in its order, then one a variant."""
+    return [_row(name) for name in registry.NAMES] + [_variant(name) for name in VARIANTS]
 
 
 def markdown(found: list[Row]) -> str:
@@ -69,7 +76,16 @@ def markdown(found: list[Row]) -> str:
         paper = f"[{r.paper}](https://arxiv.org/abs/{r.paper})" if r.paper else ""
         peft, hub = (f"`{x}`" if x else "" for x in (r.peft, r.hub))
         share = f"{100 * r.share:.3g}%" + (", by a mask" if r.masked else "")
-        cells = (f"`{r.name}`", r.trains, f"`{r.arguments}`", share, r.composes, peft, hub, paper)
+        cells = (
+            f"`{r.name}`" if r.name in registry.NAMES else r.name,
+            r.trains,
+            f"`{r.arguments}`",
+            share,
+            r.composes,
+            peft,
+            hub,
+            paper,
+        )
         lines.append("| " + " | ".join(cells) + " |\n")
     return "".join(lines)
 
@@ -90,22 +106,33 @@ def _row(name: str) -> Row:
     factory, module = registry.find(name)
     parameters = inspect.signature(factory).parameters
     opening = (inspect.getdoc(factory) or "").partition("\n\n")[0].replace("\n", " ").replace("``", "`")
-    method = example(name)
-    shapes, start = _begun(method)
     paper = PAPER.search(opening) or PAPER.search((module.__doc__ or "").partition("\n\n")[0])
-    form = portable.form_of(module, name) or portable.prompt_of(module, name) or portable.whole_of(module, name)
-    hub = portable.hub_of(module, name)
-    counts = rates.counts(method, shapes, start)
+    trains = CITATION.sub("", opening).partition(". ")[0].rstrip(".")
+    return _filled(name, trains, ", ".join(parameters), example(name), name, paper[1] if paper else None)
+
+
+def _variant(name: str) -> Row:
+    trains, paper, specs = VARIANTS[name]
+    told = yaml.safe_dump(specs if len(specs) > 1 else specs[0], default_flow_style=True, sort_keys=False, width=1000)
+    return _filled(name, trains, told.strip(), registry.build(specs), specs[-1]["name"], paper)
+
+
+def _filled(name: str, trains: str, arguments: str, method: Method, kept_as: str, paper: str | None) -> Row:
+    """The row of a method that HF PEFT and AdapterHub keep as the one named ``kept_as``."""
+    module = registry.find(kept_as)[1]
+    form = portable.form_of(module, kept_as) or portable.prompt_of(module, kept_as)
+    form = form or portable.whole_of(module, kept_as)
+    hub = portable.hub_of(module, kept_as)
     return Row(
         name,
-        CITATION.sub("", opening).partition(". ")[0].rstrip("."),
-        ", ".join(parameters),
-        counts.share,
+        trains,
+        arguments,
+        rates.counts(method, *_begun(method)).share,
         method.density is not None,
         _composes(method),
         form.peft_type if form is not None else None,
         hub.name if isinstance(hub, portable.Hub) else None,
-        paper[1] if paper else None,
+        paper,
     )
 
 
