@@ -120,8 +120,8 @@ def _variant(name: str) -> Row:
 def _filled(name: str, trains: str, arguments: str, method: Method, kept_as: str, paper: str | None) -> Row:
     """The row of a method that HF PEFT and AdapterHub keep as the one named ``kept_as``."""
     module = registry.find(kept_as)[1]
-    form = portable.form_of(module, kept_as) or portable.prompt_of(module, kept_as)
-    form = form or portable.whole_of(module, kept_as)
+    kinds = (portable.form_of, portable.prompt_of, portable.whole_of)
+    peft = [form.peft_type for form in (of(module, kept_as) for of in kinds) if form is not None]
     hub = portable.hub_of(module, kept_as)
     return Row(
         name,
@@ -130,7 +130,7 @@ def _filled(name: str, trains: str, arguments: str, method: Method, kept_as: str
         rates.counts(method, *_begun(method)).share,
         method.density is not None,
         _composes(method),
-        form.peft_type if form is not None else None,
+        peft[0] if peft else None,
         hub.name if isinstance(hub, portable.Hub) else None,
         paper,
     )
