@@ -104,7 +104,7 @@ def _row(name: str) -> Row:
         method.density is not None,
         _composes(method),
         form.peft_type if form is not None else None,
-        hub.name if isinstance(hub, portable.Hub) else None,
+        hub.name if isinstance(hub, portable.HubForm) else None,
         paper[1] if paper else None,
     )
 
