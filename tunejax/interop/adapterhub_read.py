@@ -136,7 +136,7 @@ def _tensors(folder: Path, name: str) -> dict[str, np.ndarray]:
         raise errors.CheckpointError(
             f"{folder} holds {PICKLES[name]} but no {name}. PyTorch's own files are pickles, which can run code when "
             "they are read, so only safetensors are. Convert it where you trust it: load it with `adapters`, then "
-            "save_adapter(..., use_safetensors=True)"
+            "save_adapter(..., use_safetensors=True). The library cannot save a prefix so: docs/adapterhub.md has how"
         )
     return found_lib.tensors(folder / name)
 

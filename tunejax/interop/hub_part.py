@@ -106,8 +106,8 @@ def same(parts: list[Part], what: str, values: list[Any]) -> Any:
 class Folder(NamedTuple):
     """An adapter folder that is read. legacy: it names no version of the library.
 
-    tensors: kind (`hub_slots.KINDS`) -> module, without what names of the model's own begin with -> by the ends of their
-    names. A reader takes out what it has read.
+    tensors: kind (`hub_slots.KINDS`) -> module, without what names of the model's own begin with -> by the ends of
+    their names. A reader takes out what it has read.
     """
 
     file: Path

@@ -9,8 +9,9 @@ of zero in the softmax; its released code takes the mean of a gate over all toke
 
 With ``per: row`` a gate is as in that code and in AdapterHub's library: the mean of σ over all tokens of the row that
 the model is given, and a prefix's keys and values are multiplied by it. The row is what stands in the batch: padding
-counts, examples that are packed in one row share their gates, and in a causal model a token's gates depend on later
-tokens. So in cached generation, where each new token is a row by itself, they are not those of the whole text.
+counts, so that what a text gives depends on how far its batch is padded; examples that are packed in one row share
+their gates; and in a causal model a token's gates depend on later tokens. In cached generation, where each new token is
+a row by itself, they are therefore not those of the whole text.
 """
 
 import dataclasses
