@@ -80,7 +80,9 @@ def _gated(name: str, arguments: Mapping[str, Any], train: Mapping[str, Any]) ->
             f"per: row ({hub_config.DETAILS})"
         )
     listed = arguments["method"]
-    inner, given = listed[0] if isinstance(listed, list) else (listed.name, {})
+    if not isinstance(listed, list):
+        raise errors.ConfigError(f"{name}: what {listed.name} was built with is not known; describe it by its name")
+    inner, given = listed[0]
     form = portable.hub_of(registry.find(inner)[1], inner)
     if not isinstance(form, portable.Hub | portable.HubProduct | portable.HubPrefix):
         raise errors.ConfigError(f"AdapterHub has no form for {inner}; {hub_config.DETAILS}")
