@@ -15,7 +15,7 @@ from pathlib import Path
 import adapters
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 SIZES = {"vocab_size": 31, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 4,
          "max_position_embeddings": 32, "initializer_range": 0.3}  # fmt: skip
@@ -29,12 +29,20 @@ MODELS = {
 }
 TOKENS = [[3, 14, 15, 9, 26, 5, 8], [2, 7, 18, 28, 1, 8, 2]]
 NAME = "there"
+UNIONS = {"mam": adapters.MAMConfig, "unipelt": adapters.UniPELTConfig}
+PARTS = {"prefix_tuning": adapters.PrefixTuningConfig, "adapter": adapters.SeqBnConfig, "lora": adapters.LoRAConfig}
+"""What a union is made of, by the name of its argument."""
+SMALL = {"prefix_tuning": {"prefix_length": 3, "bottleneck_size": 5}, "adapter": {"reduction_factor": 4}}
 LISTED = {
     "double_seq_bn": {"reduction_factor": 4},
     "seq_bn": {"reduction_factor": 4},
     "par_bn": {"reduction_factor": 4},
     "compacter": {"reduction_factor": 4, "phm_dim": 2},
     "compacter++": {"reduction_factor": 4, "phm_dim": 2, "leave_out": [0]},
+    "lora": {"r": 2},
+    "prefix_tuning_flat": {"prefix_length": 3, "leave_out": [1]},
+    "mam": SMALL,
+    "unipelt": {**SMALL, "prefix_tuning": {"prefix_length": 3, "flat": True}, "lora": {"r": 2, "alpha": 2}},
 }
 
 
@@ -48,7 +56,7 @@ def base(kind, out):
 def opened(folder):
     """The model in that folder, with adapters made possible."""
     name = json.loads((Path(folder) / "config.json").read_text())["architectures"][0]
-    model = getattr(transformers, name).from_pretrained(folder)
+    model = getattr(transformers, name).from_pretrained(folder, attn_implementation="eager")
     adapters.init(model)
     return model.eval()
 
@@ -59,10 +67,33 @@ def logits(model):
         return model.double()(torch.tensor(TOKENS)).logits.tolist()
 
 
+def configured(config, overrides):
+    """The config of that name; overrides of a union are those of its parts."""
+    if config not in UNIONS:
+        return adapters.AdapterConfig.load(config, **overrides)
+    parts = {**PARTS, "adapter": adapters.ParBnConfig} if config == "mam" else PARTS
+    return UNIONS[config](**{k: parts[k](**given) for k, given in overrides.items()})
+
+
+def save(model, out, with_head):
+    """Saves the adapter without pickles.
+
+    The library cannot do so itself where there is a prefix: its tensors have another name in each layer's module, and
+    safetensors refuses tensors that share memory. So they are saved as it does, and kept once.
+    """
+    model.save_adapter(out, NAME, with_head=with_head)
+    for name in ("adapter", "model_head"):
+        pickle = Path(out, f"pytorch_{name}.bin")
+        if pickle.exists():
+            tensors = {k: x for k, x in torch.load(pickle, weights_only=True).items() if ".pool." not in k}
+            save_file(tensors, Path(out, f"{name}.safetensors"))
+            pickle.unlink()
+
+
 def added(folder, config, overrides):
     """The model with a random adapter, and a random head where one is saved with it."""
     model = opened(folder)
-    model.add_adapter(NAME, config=adapters.AdapterConfig.load(config, **overrides), set_active=True)
+    model.add_adapter(NAME, config=configured(config, overrides), set_active=True)
     model.train_adapter(NAME)
     model.eval()
     torch.manual_seed(1)
@@ -77,7 +108,7 @@ def write(base, config, overrides, out):
     """Saves a random adapter; the head too where it is of its own."""
     model = added(base, config, overrides)
     own = type(model).__name__.startswith("BertForSequence")
-    model.save_adapter(out, NAME, with_head=own, use_safetensors=True)
+    save(model, out, own)
     return {"logits": logits(model)}
 
 

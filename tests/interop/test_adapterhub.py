@@ -1,105 +1,32 @@
 """Adapter folders of AdapterHub's library, both ways, with the same logits; and without the library, what it writes.
 
-TUNEJAX_HUB_PYTHON names an interpreter that has `adapters` 1.3.0, which wants an older transformers than the tests do.
+Prefixes, LoRA, gates and unions of these are in `test_adapterhub_unions`.
 """
 
-import functools
 import json
-import os
-import subprocess
-from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from hub_pair import (
+    HEADS,
+    LISTING,
+    bound,
+    changed,
+    check_listing,
+    loaded,
+    our_logits,
+    read,
+    tiny_of,
+    written,
+)
 from safetensors import numpy as safetensors
 
 from tunejax.core import errors
-from tunejax.core.method import Context
-from tunejax.core.model import full_batch
-from tunejax.interop import adapter_folders, adapterhub, hf, hub_config, hub_slots
+from tunejax.interop import adapter_folders, hf, hub_config, hub_slots
 from tunejax.interop import found as found_lib
-from tunejax.interop.peft import Tuned
 from tunejax.methods import registry
-from tunejax.models import build
-
-HERE = Path(__file__).parent
-LISTING = json.loads((HERE / "adapterhub_listing.json").read_text(encoding="utf-8"))
-TOKENS = jnp.asarray([[3, 14, 15, 9, 26, 5, 8], [2, 7, 18, 28, 1, 8, 2]])
-KEY = jax.random.key(0)
-HEADS = {"bert": "classification", "mlm": "mlm", "llama": "lm", "mistral": "lm", "gpt2": "lm"}
-CONFIGS = {"bert": tiny.BERT, "llama": tiny.LLAMA, "gpt2": tiny.GPT2, "qwen3": tiny.QWEN3}
-
-
-@pytest.fixture(scope="session")
-def hub():
-    """(call, **arguments) -> what the other library answers; its interpreter runs once."""
-    python = os.environ.get("TUNEJAX_HUB_PYTHON")
-    if not python:
-        pytest.skip("needs TUNEJAX_HUB_PYTHON, an interpreter that has adapters 1.3.0")
-    quiet = {**os.environ, "TRANSFORMERS_VERBOSITY": "error"}
-    quiet.pop("PYTHONPATH", None)
-    process = subprocess.Popen(
-        [python, str(HERE / "hub_side.py")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=quiet
-    )
-
-    def call(name, **arguments):
-        print(json.dumps({"call": name, **{k: str(v) if isinstance(v, Path) else v for k, v in arguments.items()}}),
-              file=process.stdin, flush=True)  # fmt: skip
-        answer = json.loads(process.stdout.readline())
-        assert "error" not in answer, answer["error"]
-        return answer["answer"]
-
-    with process:
-        yield call
-        process.stdin.close()
-
-
-@pytest.fixture(scope="session")
-def bases(hub, tmp_path_factory):
-    """Kind of model -> its folder, made once."""
-
-    @functools.cache
-    def make(kind):
-        folder = tmp_path_factory.mktemp(kind)
-        hub("base", kind=kind, out=folder)
-        return folder
-
-    return make
-
-
-@functools.cache
-def loaded(folder, head, cuts=()):
-    return hf.load(folder, hf.read_config(folder), head=head, cuts=cuts)[0]
-
-
-@functools.cache
-def forward(config, head, cuts):
-    model = build.build(config, head=head, cuts=cuts)
-    return jax.jit(lambda p: model.logits(model.head(p), model.hidden(p, full_batch(TOKENS))[0]))
-
-
-def our_logits(config, head, cuts, params):
-    logits = np.asarray(forward(config, head, cuts)(params))
-    return logits[:, 0] if head == "classification" else logits
-
-
-def read(folder, config, head, load):
-    """(what was found, the method, params, what trains) of an adapter folder. load: (cuts) -> params."""
-    found = adapter_folders.read(folder, config, head=head)
-    method = registry.build(found.specs)
-    cuts = method.cuts(config.num_layers)
-    params = load(cuts)
-    train = found_lib.trained(found, method, jax.eval_shape(method.init, KEY, params).train, cuts)
-    return found, method, params, train
-
-
-def bound(method, params, train):
-    """With the holes of what trains whole filled."""
-    return method.bind(params, train, method.init(KEY, params).state, Context())
-
 
 THEIRS = {
     "double_seq_bn": ("double_seq_bn", {}),
@@ -153,22 +80,6 @@ def specs_of(name, kind):
     return [{**s, "targets": head} if s.get("targets") == "HEAD" else s for s in listed]
 
 
-def noise(shapes):
-    """Random arrays of these shapes; nothing is compiled."""
-    rng = np.random.default_rng(7)
-    return jax.tree.map(lambda x: 0.3 * rng.standard_normal(x.shape, np.float32), shapes)
-
-
-def written(specs, config, head, load, out):
-    """(method, params, what trains, random) of a folder that was written here."""
-    method = registry.build(specs)
-    params = load(method.cuts(config.num_layers))
-    start = jax.eval_shape(method.init, KEY, params)
-    train = noise(start.train)
-    adapterhub.write(out, Tuned(specs, method, params, train, start.state), config, head=head, base_name="base")
-    return method, params, train
-
-
 @pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind in ("bert", "llama") for name in OURS
                                             if (kind, name) != ("llama", "parallel of the input")])  # fmt: skip
 def test_ours_is_read_there(hub, bases, kind, name, tmp_path):
@@ -192,27 +103,9 @@ SPECS = {
 }
 
 
-def tiny_of(kind):
-    """(config, head, load) of a tiny model."""
-    config, head = CONFIGS[kind], "classification" if kind == "bert" else "lm"
-    return config, head, lambda cuts: tiny.params(config, head, cuts)
-
-
-@pytest.mark.parametrize("case", LISTING)
+@pytest.mark.parametrize("case", [case for case in LISTING if case.split()[1] in SPECS])
 def test_what_is_written_is_what_the_library_writes(case, tmp_path):
-    kind, name = case.split()
-    config, head, load = tiny_of(kind)
-    written([{**SPECS[name], "reduction_factor": 4}], config, head, load, tmp_path / "out")
-    expected = LISTING[case]
-    assert {p.name for p in (tmp_path / "out").iterdir()} == {*expected["configs"], *expected["tensors"]}
-    for file, tensors in expected["tensors"].items():
-        found = safetensors.load_file(tmp_path / "out" / file)
-        renamed = {k.replace(".tunejax.", ".there."): list(x.shape) for k, x in found.items()}
-        assert renamed == tensors
-    for file, contents in expected["configs"].items():
-        found = json.loads((tmp_path / "out" / file).read_text())
-        same = found | ({"name": "there"} if found["name"] else {})
-        assert same == contents
+    check_listing(case, [{**SPECS[case.split()[1]], "reduction_factor": 4}], tmp_path / "out")
 
 
 BACK = [("bert", name) for name in OURS] + [("llama", "compacter of sums"), ("gpt2", "widths")]
@@ -261,25 +154,17 @@ def folder(tmp_path):
     return tmp_path / "out"
 
 
-def changed(folder, entries, **outer):
-    file = folder / found_lib.CONFIG
-    contents = json.loads(file.read_text()) | outer
-    contents["config"] |= entries
-    file.write_text(json.dumps(contents))
-
-
 REFUSED = {
     "original_ln_after": ({"original_ln_after": False}, "original_ln_after: False"),
     "residual_before_ln": ({"residual_before_ln": "post_add"}, "residual_before_ln: 'post_add'"),
     "residual": ({"residual_before_ln": False}, "no exact form on a bert"),
     "ln_before": ({"ln_before": True}, "ln_before: True is a norm of the adapter's own"),
-    "use_gating": ({"use_gating": True}, "use_gating: True is a gate"),
+    "use_gating": ({"use_gating": True}, "no gate of one output"),
     "inv_adapter": ({"inv_adapter": "nice"}, "inv_adapter: 'nice' is adapters of the embeddings"),
     "non_linearity": ({"non_linearity": "leakyrelu"}, "non_linearity 'leakyrelu' is not known here"),
     "scaling": ({"scaling": "learnt"}, "scaling is 'learnt'"),
     "unknown": ({"half": True}, "half: True is not known"),
-    "prefix": ({"architecture": "prefix_tuning"}, "takes no positions"),
-    "union": ({"architecture": "union"}, "mam, unipelt"),
+    "reft": ({"architecture": "reft"}, "'reft' of AdapterHub has no exact form here: it edits chosen positions"),
     "W": ({"phm_layer": True, "shared_W_phm": True}, "shared_W_phm is True, and can be read as False only"),
     "tensors": ({"mh_adapter": True}, "has nothing for bert.encoder.layer.0.attention.output.adapters.tunejax"),
 }
@@ -346,9 +231,7 @@ def test_a_damaged_folder_is_told(folder):
 
 
 UNWRITABLE = {
-    "mam": ({"name": "mam", "width": 4}, "mam: its prefix takes no positions"),
-    "unipelt": ({"name": "unipelt", "width": 4}, "unipelt: its gates are means"),
-    "lora": ({"name": "lora", "rank": 2}, "no form for lora"),
+    "dora": ({"name": "dora", "rank": 2}, "no form for dora"),
     "norms": ([{"name": "houlsby", "width": 4}, {"name": "norm_tuning"}], "norm/scale, which trains whole"),
     "two kinds": ([{"name": "houlsby", "width": 4, "layers": ":1"}, {"name": "compacter", "width": 4, "layers": "1:"}],
                   "houlsby and compacter of this chain differ"),
@@ -360,7 +243,6 @@ UNWRITABLE = {
     "widths": ([{"name": "pfeiffer", "width": 4}, {"name": "pfeiffer", "width": 2, "targets": "attention/o/kernel"}],
                "one width in a layer"),
     "masks": ([{"name": "pfeiffer"}, {"name": "shrink", "keep": {"mlp": 0.5}, "steps": 2}], "no form for shrink"),
-    "prefix": ({"name": "prefix_tuning", "length": 2}, "prefix_tuning: its prefix takes no positions"),
     "input": ({"name": "parallel_adapter", "width": 4}, "only one with reads: residual"),
 }  # fmt: skip
 

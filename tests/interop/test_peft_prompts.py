@@ -138,3 +138,13 @@ def test_a_task_without_prompts_in_peft_is_refused(tmp_path):
     tuned = ours.Tuned([spec], method, params, method.init(jax.random.key(0), params).train, {})
     with pytest.raises(errors.ConfigError, match="for CAUSAL_LM, SEQ_CLS only"):
         ours.write(tmp_path / "a", tuned, config, head="mlm", base_name="b")
+
+
+@pytest.mark.parametrize("name", ["prefix_tuning", "p_tuning_v2"])
+def test_a_prefix_without_positions_is_refused(bases, name, tmp_path):
+    """Behind PEFT's, the text counts on from its length."""
+    config, spec = hf.read_config(bases["llama"]), {"name": name, "length": 3, "positions": False}
+    method, (params, _) = registry.build(spec), hf.load(bases["llama"], config, head="lm")
+    tuned = ours.Tuned([spec], method, params, method.init(jax.random.key(0), params).train, {})
+    with pytest.raises(errors.ConfigError, match=f"{name} with positions: True, and here it is False"):
+        ours.write(tmp_path / "a", tuned, config, head="lm", base_name="b")

@@ -11,7 +11,7 @@ from branches import DOWN, OUT, noisy
 from tunejax.core import bottleneck, errors, paths
 from tunejax.core import method as methods
 from tunejax.core.method import Context
-from tunejax.methods import adapter, bitfit, gated, norms
+from tunejax.methods import adapter, bitfit, norms
 from tunejax.models import cut
 
 KEY = jax.random.key(0)
@@ -192,8 +192,6 @@ def test_bad_arguments(bad, says):
 def test_joins_are_where_branches_end():
     with pytest.raises(errors.TargetError, match="attention/o/kernel or mlp/down/kernel"):
         adapter.pfeiffer("mlp/up/kernel", reads="sum").init(KEY, tiny.params())
-    with pytest.raises(errors.TargetError, match="nothing to kernels"):
-        gated.gated(adapter.pfeiffer(width=2, reads="sum")).init(KEY, tiny.params())
 
 
 def test_drops_that_leave_nothing():

@@ -60,6 +60,60 @@ def test_an_adapter_behind_a_gate_that_reads_what_the_adapter_reads():
     np.testing.assert_allclose(op(jnp.asarray(x), jnp.asarray(bias)), h + gate[:, None] * change, atol=1e-4)
 
 
+@pytest.mark.parametrize("reads", ["input", "output"])
+def test_a_gate_of_rows_is_the_mean_over_all_their_tokens(reads):
+    kernel, op, t = layer({"name": "gated", "method": LORA, "reads": reads, "per": "row"}, Q)
+    x = np.random.default_rng(0).standard_normal((2, 5, 16)).astype(np.float32)
+    h = x @ np.asarray(kernel)
+    gate = sigmoid((x if reads == "input" else h) @ t["gate"] + t["gate_bias"]).mean(1)
+    np.testing.assert_allclose(op(jnp.asarray(x)), h + gate[:, None, None] * 8 * x @ t["a"] @ t["b"], atol=1e-4)
+
+
+@pytest.mark.parametrize("per", ["token", "row"])
+@pytest.mark.parametrize("reads", ["sum", "residual"])
+def test_an_adapter_where_a_branch_joins_and_its_gate_read_the_same(reads, per):
+    spec = {"name": "gated", "method": {"name": "pfeiffer", "width": 3, "reads": reads}, "per": per}
+    p, method = tiny.params(), registry.build(spec)
+    train = noisy(method.init(KEY, p).train)
+    slot = DOWN.replace("down/kernel", "join")
+    assert train["gates"][slot]["gate"].shape == (3, 16)
+    op = jax.tree.map(lambda x: x[1], paths.get(method.bind(p, train, {}, Context()), slot))
+    t = jax.tree.map(lambda x: np.asarray(x[1]), {**train["method"][DOWN], **train["gates"][slot]})
+    branch, x = np.random.default_rng(0).standard_normal((2, 2, 5, 16)).astype(np.float32)
+    r = np.tanh(branch + x) if reads == "sum" else x
+    change = np.maximum(r @ t["down"] + t["down_bias"], 0) @ t["up"] + t["up_bias"]
+    gate = sigmoid(r @ t["gate"] + t["gate_bias"])
+    gate = gate.mean(1, keepdims=True) if per == "row" else gate
+    found = op.joined(jnp.asarray(branch), jnp.asarray(x), jnp.tanh)
+    np.testing.assert_allclose(found, branch + gate[..., None] * change, atol=1e-4)
+    with pytest.raises(errors.NotLinear, match="mlp/join"):
+        method.merge(p, train, {})
+
+
+def test_keys_and_values_behind_a_gate_of_rows():
+    p = tiny.params()
+    method = registry.build({"name": "gated", "method": {"name": "prefix_tuning", "length": 3}, "per": "row"})
+    train = noisy(method.init(KEY, p).train)
+    one = jax.tree.map(lambda x: x[1], paths.get(method.bind(p, train, {}, Context()), SLOT))
+    x = np.random.default_rng(0).standard_normal((2, 5, 16)).astype(np.float32)
+    gate = sigmoid(x @ np.asarray(one.gate) + float(one.gate_bias)).mean(1)[:, None, None]
+    assert sites.strength(one, jnp.asarray(x)) is None
+    for found, plain in zip(sites.pair(one, jnp.asarray(x), 4), (one.key, one.value), strict=True):
+        np.testing.assert_allclose(found, (gate * np.asarray(plain)).reshape(2, 3, 2, 4), atol=1e-5)
+
+
+def test_a_gate_of_rows_sees_later_tokens_and_padding():
+    """As AdapterHub's does; a gate of tokens does not."""
+    m, p, tokens = tiny.model(), tiny.params(), np.arange(1, 13, dtype=np.int32).reshape(2, 6)
+    for per, same in (("token", True), ("row", False)):
+        method = registry.build({**UNIPELT, "per": per})
+        start = method.init(KEY, p)
+        bound = method.bind(p, noisy(start.train), start.state, Context())
+        run = jax.jit(lambda x, q=bound: m.logits(m.head(q), m.hidden(q, full_batch(x))[0]))
+        one, two = run(tokens)[:, :5], run(np.concatenate([tokens[:, :5], tokens[:, :1]], 1))[:, :5]
+        assert np.allclose(one, two, atol=1e-6) == same
+
+
 def test_a_gated_prefix_is_weighed_in_the_softmax():
     """One head, by hand: σ times the exponential of each score of the prefix."""
     rng = np.random.default_rng(0)
@@ -145,6 +199,7 @@ def test_a_gate_is_not_merged():
     ("spec", "said"),
     [
         ({"method": LORA, "reads": "inputs"}, "Did you mean 'input'"),
+        ({"method": LORA, "per": "rows"}, "Did you mean 'row'"),
         ({"method": [LORA, {"name": "bitfit"}]}, "is a chain"),
         ({"method": {"name": "bitfit"}}, "bitfit adds nothing"),
         ({"method": {"name": "lora", "rnk": 2}}, "Did you mean 'rank'"),

@@ -59,6 +59,15 @@ VARIANTS = {
     "first_skipped": {"name": "pfeiffer", "width": 8, "drop_first": 1, "reads": "sum"},
     "lstm": {"name": "p_tuning", "length": 4, "encoder": "lstm", "hidden": 8},
     "projected": {"name": "prefix_tuning", "length": 4, "project": True},
+    "gates_of_rows": {
+        "name": "unipelt",
+        "length": 3,
+        "rank": 2,
+        "width": 4,
+        "positions": False,
+        "per": "row",
+        "adapter_reads": "sum",
+    },
     "nf4": [{"name": "quantize", "kind": "nf4"}, {"name": "dora", "rank": 2, "targets": "mlp/down/kernel"}],
     "shrunk": [
         {"name": "lora", "rank": 2, "targets": "**/layers/**/kernel"},

@@ -7,12 +7,13 @@ import pytest
 import references as ref
 import tiny
 
-from tunejax.core import errors
+from tunejax.core import errors, paths
 from tunejax.core import method as methods
 from tunejax.core import model as models
 from tunejax.core.method import Context
 from tunejax.generate import decode
 from tunejax.methods import lora, prefix, registry
+from tunejax.models import build
 
 N, HIDDEN, KEY = 5, 6, jax.random.key(0)
 SLOT = "layers/0/attention/prefix"
@@ -140,6 +141,52 @@ def test_starts_and_what_flatten_keeps():
     assert jax.tree.map(jnp.shape, flat) == jax.tree.map(jnp.shape, prefix.prefix_tuning(4).init(KEY, p).train)
     a, b = method.bind(p, train, {}, Context()), prefix.prefix_tuning(4).bind(p, flat, {}, Context())
     jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+@pytest.mark.parametrize(("config", "head"), [(tiny.GPT2, "lm"), (tiny.BERT, "mlm")])
+def test_without_positions_the_text_counts_from_0(config, head):
+    """A roll of the position table by the prefix's length makes the two the same."""
+    m, p = tiny.model(config, head), tiny.params(config, head)
+    free, taking = (prefix.prefix_tuning(3, positions=x) for x in (False, True))
+    assert (free.prefix, taking.prefix) == (0, 3)
+    assert methods.chain(free, prefix.prefix_tuning(2, layers="1:")).prefix == 2
+    train = free.init(KEY, p).train
+    moved = paths.replace(p, {"positions/table": jnp.roll(p["positions"]["table"], 3, axis=0)})
+    real = tiny.batch()["segment_ids"] > 0
+    one = tiny.outputs(m, free.bind(p, train, {}, Context()))[real]
+    np.testing.assert_allclose(one, tiny.outputs(m, taking.bind(moved, train, {}, Context()))[real], atol=1e-5)
+    assert np.abs(one - tiny.outputs(m, taking.bind(p, train, {}, Context()))[real]).max() > 1e-3
+
+
+@pytest.mark.parametrize("config", [tiny.LLAMA, tiny.GPT2])
+def test_without_positions_cached_decoding_and_packed_rows_agree(config):
+    m, p = tiny.model(config), tiny.params(config)
+    method = prefix.prefix_tuning(3, positions=False)
+    p = method.bind(p, method.init(KEY, p).train, {}, Context())
+    tokens, mask = ref.rows()
+    new = np.asarray(decode.generate(m, p, tokens, mask, max_new_tokens=6))
+    for i in range(2):
+        whole = np.concatenate([tokens[i, mask[i] > 0], new[i]])[None]
+        steps = ref.logits(m, p, models.full_batch(jnp.asarray(whole)))[0, -7:-1]
+        np.testing.assert_array_equal(jnp.argmax(steps, -1), new[i])
+    apart = ref.logits(m, p, ref.with_prompt(tokens, mask, 0))
+    together = ref.logits(m, p, ref.packed(tokens, mask, 0))[0]
+    np.testing.assert_allclose(together, np.concatenate([apart[i, :n] for i, n in enumerate(mask.sum(1))]), atol=1e-5)
+
+
+@pytest.mark.parametrize("remat", ["full", "projections"])
+def test_without_positions_gradients_do_not_depend_on_remat(remat):
+    method, batch = prefix.prefix_tuning(3, positions=False), tiny.batch()
+    p = tiny.params(tiny.GPT2)
+    train = method.init(KEY, p).train
+
+    def grads(model):
+        return jax.jit(jax.grad(lambda t: jnp.sum(ref.logits(model, method.bind(p, t, {}, Context()), batch) ** 2)))(
+            train
+        )
+
+    one, two = (grads(build.build(tiny.GPT2, head="lm", remat=r)) for r in ("none", remat))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), one, two)
 
 
 def test_axes_follow_the_keys():

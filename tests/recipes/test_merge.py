@@ -27,6 +27,7 @@ RUNS = {
     ],
     "upper": {"name": "full", "targets": "mlp/up/kernel", "layers": "1:"},
     "adapter": {"name": "pfeiffer", "width": 2},
+    "union": {"name": "unipelt", "length": 2, "rank": 2, "width": 2, "positions": False, "per": "row"},
     "biases": "bitfit",
     "filled": {"name": "bitfit", "fill_empty": True},
 }
@@ -127,6 +128,19 @@ def test_a_folder_of_adapterhub_is_a_run_too(runs, tmp_path, capsys):
     loss = json.loads(capsys.readouterr().out)["loss"]
     assert cli.main(["evaluate", str(out), data, "data.max_length=32"]) == 0
     assert json.loads(capsys.readouterr().out)["loss"] == pytest.approx(loss, abs=1e-5)
+
+
+def test_a_union_of_adapterhub_is_a_run_too(runs, tmp_path, capsys):
+    out, run = tmp_path / "hub", runs / "union"
+    assert cli.main(["export", str(run), "--format", "adapterhub", "--output", str(out)]) == 0
+    assert [s["name"] for s in artefact.open_run(str(out)).parts.config.method] == ["gated"] * 3
+    losses = []
+    same = [f"data.eval_path={runs / 'eval.jsonl'}", "data.max_length=32"]  # padding counts in a gate of rows
+    for folder in (run, out):
+        capsys.readouterr()
+        assert cli.main(["evaluate", str(folder), *same]) == 0
+        losses.append(json.loads(capsys.readouterr().out)["loss"])
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5)
 
 
 def test_chains_combine_part_by_part(runs, tmp_path):

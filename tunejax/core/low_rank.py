@@ -198,6 +198,17 @@ PEFT = portable.Form(
 """How PEFT keeps it; what trains and how fast is not part of that."""
 
 
+HUB = portable.HubProduct(
+    "lora",
+    write=lambda arrays: {"lora_A": arrays["a"].T, "lora_B": arrays["b"].T},
+    read=lambda tensors: {"a": tensors["lora_A"].T, "b": tensors["lora_B"].T},
+    fuse=lambda parts: {k: np.concatenate([p[k] for p in parts], axis=1) for k in ("a", "b")},
+    split=lambda arrays, i, of: {k: np.split(arrays[k], of, axis=1)[i] for k in ("a", "b")},
+    scale=lambda arguments: scale_of(arguments["alpha"], arguments["rank"], arguments.get("rslora", False)),
+)
+"""How AdapterHub's library keeps it; the parts of one kernel have a rank each there, not the sum of them."""
+
+
 PRODUCT = combine.Product(
     factors=lambda arrays: combine.Factors(arrays["a"], arrays["b"]),
     scale=lambda arguments: scale_of(arguments["alpha"], arguments["rank"], arguments.get("rslora", False)),

@@ -73,12 +73,14 @@ class Prompt(NamedTuple):
     prefix:    whether the matrix holds keys and values of all layers; else rows of the embedding table.
     rows:      (train of the method) -> [length, width]; with ``prefix`` the width is (layer, key or value, kv).
     entries:   further entries of adapter_config.json.
+    fixed:     arguments that must be so for what PEFT computes.
     """
 
     peft_type: str
     prefix: bool
     rows: Callable[[Any], Any]
     entries: Mapping[str, Any] = {}
+    fixed: Mapping[str, Any] = {}
 
 
 class Whole(NamedTuple):
@@ -130,16 +132,68 @@ class Hub(NamedTuple):
     read_shared: Callable[[Arrays], dict[str, np.ndarray]] | None = None
 
 
+class HubProduct(NamedTuple):
+    """How the library keeps a product beside a kernel of attention (its LoRA), one layer of one kernel at a time.
+
+    name:         what the library calls it.
+    write, read:  as of `Hub`; what is written computes the product without its scale.
+    fuse, split:  (arrays of each kernel) -> arrays of the one that a checkpoint keeps for them; (arrays, index, number)
+                  -> those of one kernel.
+    scale:        (arguments) -> what the product is multiplied by.
+    """
+
+    name: str
+    write: Callable[[Arrays], dict[str, np.ndarray]]
+    read: Callable[[Arrays], dict[str, np.ndarray]]
+    fuse: Callable[[Sequence[Arrays]], dict[str, np.ndarray]]
+    split: Callable[[Arrays, int, int], dict[str, np.ndarray]]
+    scale: Callable[[Arguments], float]
+
+
+class HubPrefix(NamedTuple):
+    """How the library keeps keys and values before the text.
+
+    name:    what the library calls it.
+    pairs:   (train) -> path of each slot -> {"key", "value"}, each [layers, length, kv].
+    network: (train) -> the network that makes them: {"rows" [length, width], "w", "b"}, and by path {"key_w" [layers,
+             hidden, kv], "key_b", "value_w", "value_b"}; None where there is none.
+    """
+
+    name: str
+    pairs: Callable[[Any], Mapping[str, Arrays]]
+    network: Callable[[Any], Mapping[str, Arrays] | None] = lambda train: None
+
+
+class HubGate(NamedTuple):
+    """Says of a method of a method (its argument ``method``) that the library keeps it with that one, as its gate.
+
+    What it trains is {"method": that one's, "gates": path -> {"gate" [layers, in], "gate_bias" [layers]}}.
+
+    name: the entry that says so.
+    """
+
+    name: str
+
+
+class HubUnion(NamedTuple):
+    """Says of a preset what the library calls the union of its methods. Each of them has its own form."""
+
+    name: str
+
+
 class NoForm(NamedTuple):
     """Stands for a form that cannot be, and says why."""
 
     why: str
 
 
-def hub_of(module: ModuleType, name: str) -> "Hub | NoForm | None":
+HubForm = Hub | HubProduct | HubPrefix | HubGate | HubUnion
+
+
+def hub_of(module: ModuleType, name: str) -> HubForm | NoForm | None:
     """How AdapterHub keeps the method of that name in that module, or why it cannot; None where nothing is said."""
     declared = _declared(module, name, "ADAPTERHUB")
-    return declared if isinstance(declared, Hub | NoForm) else None
+    return declared if isinstance(declared, HubForm | NoForm) else None
 
 
 def form_of(module: ModuleType, name: str) -> Form | None:

@@ -62,24 +62,46 @@ class Extended:
         return self.table.dtype
 
 
+def row_gate(x: jax.Array, gate: jax.Array, gate_bias: jax.Array) -> jax.Array:
+    """The mean of sigmoid(x gate + gate_bias) over the tokens of a row: x [..., length, in] -> [..., 1], float32."""
+    return jnp.mean(jax.nn.sigmoid(x.astype(jnp.float32) @ gate + gate_bias), axis=-1, keepdims=True)
+
+
 @operators.operator
 class Prefix:
     """Keys and values that every query of a layer sees; each [..., n, kv], where kv = kv_heads · head_dim.
 
-    Stands in the slot ``attention/prefix`` and unpacks as (key, value). The model counts positions from n on.
-    gate [..., embed], gate_bias [...]: make each query see the prefix as `strength` says; None: as any other key.
+    Stands in the slot ``attention/prefix`` and unpacks as (key, value).
+    gate [..., embed], gate_bias [...]: with ``per: token`` each query sees the prefix as `strength` says, with ``row``
+    all of a row see what `pair` gives; None: it is seen as any other key.
+    positions: whether it takes positions (`taken`), so that the model counts those of the text from n on.
     """
 
     key: jax.Array
     value: jax.Array
     gate: jax.Array | None = None
     gate_bias: jax.Array | None = None
+    per: str = operators.static(default="token")
+    positions: bool = operators.static(default=True)
+
+    @property
+    def taken(self) -> int:
+        """How many positions stand before the text's."""
+        return self.key.shape[-2] if self.positions else 0
 
     def strength(self, x: jax.Array) -> jax.Array | None:
         """Attention's input x [batch, length, embed] -> log sigmoid(x gate + gate_bias) [batch, length], float32."""
-        if self.gate is None or self.gate_bias is None:
+        if self.gate is None or self.gate_bias is None or self.per != "token":
             return None
         return jax.nn.log_sigmoid(x.astype(jnp.float32) @ self.gate + self.gate_bias)
+
+    def pair(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Keys and values, each [n, kv]; behind a gate of rows, times its mean over x [batch, length, embed]: [batch,
+        n, kv]."""
+        if self.gate is None or self.gate_bias is None or self.per != "row":
+            return self.key, self.value
+        weight = row_gate(x, self.gate, self.gate_bias)[..., None]
+        return weight * self.key, weight * self.value
 
     def __iter__(self) -> Iterator[jax.Array]:
         return iter((self.key, self.value))

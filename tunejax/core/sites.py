@@ -55,6 +55,20 @@ def strength(prefix: Any, x: jax.Array) -> jax.Array | None:
     return prefix.strength(x) if operators.is_operator(prefix) else None
 
 
+def pair(prefix: Any, x: jax.Array, head_dim: int) -> tuple[jax.Array, ...] | None:
+    """The slot's (key, value) for `attention`, each [n, kv_heads, head_dim], or one a row of x [batch, ...]."""
+    if prefix is None:
+        return None
+    if not operators.is_operator(prefix):
+        return tuple(p.reshape(len(p), -1, head_dim) for p in prefix)
+    return tuple(p.reshape(*p.shape[:-1], -1, head_dim) for p in prefix.pair(x))
+
+
+def taken(prefix: Any) -> int:
+    """How many positions before the text a stack's filled slot takes: [layers, n, ...] each."""
+    return prefix.taken if operators.is_operator(prefix) else next(iter(prefix)).shape[1]
+
+
 class Where(NamedTuple):
     """Where each query or key stands: positions and segment_ids, each [batch, length]. Segment 0 is padding."""
 
@@ -91,7 +105,7 @@ def attention(
     *,
     causal: bool,
     window: int | None = None,
-    prefix: tuple[jax.Array, jax.Array] | None = None,
+    prefix: tuple[jax.Array, ...] | None = None,
     strength: jax.Array | None = None,
     scale: float | None = None,
     seen: jax.Array | None = None,
@@ -105,7 +119,8 @@ def attention(
       causal: a query sees no later position of its segment. With as many keys as queries (no cache), positions of a
         segment must rise with the slots that they stand in.
       window: it sees at most this many positions back, itself included (sliding window).
-      prefix: trained (key, value), each [prefix, kv_heads, head_dim], that every query sees.
+      prefix: trained (key, value), each [prefix, kv_heads, head_dim], or with a batch axis before, that every query
+        sees.
       strength: float32 [batch, queries], added to each query's scores of the prefix.
       scale: of the products; 1 / sqrt(head_dim) unless told.
       seen: the `mask`, or its `bias`, where the caller has made it once for all layers.
@@ -120,7 +135,7 @@ def attention(
     ordered = causal and key.shape[1] == queries
     before = 0
     if prefix is not None:
-        front = [jnp.broadcast_to(p.astype(key.dtype), (batch, *p.shape)) for p in prefix]
+        front = [jnp.broadcast_to(p.astype(key.dtype), (batch, *p.shape[-3:])) for p in prefix]
         before = front[0].shape[1]
         key, value = (jnp.concatenate(pair, axis=1) for pair in zip(front, (key, value), strict=True))
         shape = (*seen.shape[:2], before)

@@ -6,26 +6,26 @@ user's own file is written too. Keys are "<module>.adapters.<name>.<tensor>", in
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from tunejax.core import errors, operators, paths, portable
-from tunejax.core.method import SHARED
+from tunejax.core import errors, paths, portable
 from tunejax.core.paths import Params
-from tunejax.interop import hub_config, hub_slots, modules, tensors
+from tunejax.interop import hub_bottleneck, hub_part, hub_prefix, hub_product, hub_slots, modules, tensors
 from tunejax.interop.found import CONFIG
-from tunejax.interop.hub_slots import PLACES, Slot
+from tunejax.interop.hub_part import NAME, Part, Written
 from tunejax.interop.modules import Site
-from tunejax.interop.peft import HEADS, Tuned, links
-from tunejax.methods import registry
+from tunejax.interop.peft import HEADS, Tuned
 from tunejax.models.config import ModelConfig
 from tunejax.models.families import registry as families
 
-NAME = "tunejax"
-"""Of the adapter, in every key."""
-BY_SITE = ("targets", "layers", "width", "reduction_factor", "drop_first", "drop_random")
-"""Arguments that the tensors answer, or that matter in training only: parts of one adapter may differ in them."""
+WRITERS = {
+    portable.HubPrefix: hub_prefix.write,
+    portable.Hub: hub_bottleneck.write,
+    portable.HubProduct: hub_product.write,
+}
+"""Form of a method -> what writes all of that form, in the order in which the library lists them."""
 
 
 def write(folder: Path, tuned: Tuned, config: ModelConfig, *, head: str, base_name: str) -> None:
@@ -35,8 +35,9 @@ def write(folder: Path, tuned: Tuned, config: ModelConfig, *, head: str, base_na
       ConfigError: the library has no such method or family, or no place for this combination; the folder holds
         something.
     """
-    parts, whole = _parts(tuned)
-    arrays, entries = _adapter(parts, paths.starts(tuned.method.cuts(config.num_layers)), config, head)
+    hub_slots.check(config)
+    parts, whole = hub_part.of(tuned)
+    arrays, entries = _adapters(parts, paths.starts(tuned.method.cuts(config.num_layers)), config, head)
     values = _head(whole, tuned.base, config, head)
     written = families.get(config.family).write_config(config, head)
     about = {
@@ -56,109 +57,13 @@ def write(folder: Path, tuned: Tuned, config: ModelConfig, *, head: str, base_na
         tensors.write_json(new / CONFIG, {**about, "name": NAME, "config": entries})
 
 
-class _Part(NamedTuple):
-    """A method of the chain with a form there. sites, shared: what it trained, by path and by name."""
-
-    name: str
-    form: portable.Hub
-    arguments: dict[str, Any]
-    sites: Mapping[str, portable.Arrays]
-    shared: portable.Arrays
-
-
-def _parts(tuned: Tuned) -> tuple[list[_Part], dict[str, Any]]:
-    """The chain's adapters, and the values by path that train whole."""
-    adapters: list[_Part] = []
-    whole: dict[str, Any] = {}
-    for spec in tuned.specs:
-        name, _, module = registry.resolved(spec)
-        refused = portable.hub_of(module, name)
-        if isinstance(refused, portable.NoForm):
-            raise errors.ConfigError(f"AdapterHub has no exact form for {name}: {refused.why} ({hub_config.DETAILS})")
-    for name, arguments, module, train, state in links(tuned, "AdapterHub"):
-        form = portable.hub_of(module, name)
-        if isinstance(form, portable.Hub):
-            sites = {p: {k: np.asarray(x, np.float32) for k, x in arrays.items()} for p, arrays in train.items()}
-            shared = sites.pop(SHARED, {})
-            adapters.append(_Part(name, form, arguments, sites, shared))
-        elif isinstance(train, Mapping) and all(operators.is_array(x) for x in train.values()) and not state:
-            whole.update(train)
-        else:
-            raise errors.ConfigError(f"AdapterHub has no form for {name}; {hub_config.DETAILS}")
-    if not adapters:
-        raise errors.ConfigError(f"{tuned.method.name} has no adapter that AdapterHub knows; {hub_config.DETAILS}")
-    return adapters, whole
-
-
-def _adapter(
-    parts: list[_Part], starts: dict[str, int], config: ModelConfig, head: str
-) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """(tensors by name, entries of the config) of adapters that differ in where they stand and in width alone."""
-    first = parts[0]
-    fixed = {k: v for k, v in first.arguments.items() if k not in BY_SITE}
-    by_slot: dict[Slot, portable.Arrays] = {}
-    for part in parts:
-        if part.form != first.form or {k: v for k, v in part.arguments.items() if k not in BY_SITE} != fixed:
-            raise errors.ConfigError(
-                f"AdapterHub keeps one kind of adapter in a folder; {first.name} and {part.name} of this chain differ"
-            )
-        if any(not np.array_equal(x, first.shared[k]) for k, x in part.shared.items()):
-            raise errors.ConfigError(f"AdapterHub keeps one set of what all sites share; parts of {part.name} differ")
-        for slot, arrays in _slots(part, starts):
-            if slot in by_slot:
-                raise errors.ConfigError(f"AdapterHub keeps one adapter at a place; two are at {slot.site.path}")
-            by_slot[slot] = arrays
-    there = hub_slots.slots(config, head)
-    out = {
-        f"{there[slot]}.adapters.{NAME}.{k}": x
-        for slot, arrays in by_slot.items()
-        for k, x in first.form.write(arrays).items()
-    }
-    if first.form.write_shared is not None:
-        prefix = f"{hub_slots.base_prefix(config)}shared_parameters.{NAME}."
-        out |= {prefix + k: x for k, x in first.form.write_shared(first.shared).items()}
-    entries = hub_config.written(first.form, first.arguments, config)
-    return out, entries | _standing(by_slot, first.form, config)
-
-
-def _slots(part: _Part, starts: dict[str, int]) -> list[tuple[Slot, portable.Arrays]]:
-    """The arrays of each layer of each site."""
-    named = {path: place for place, path in PLACES.items()}
-    out: list[tuple[Slot, portable.Arrays]] = []
-    for path, arrays in part.sites.items():
-        ours, first = modules.canonical(path, starts)
-        if ours not in named:
-            raise errors.ConfigError(
-                f"AdapterHub has adapters after attention/o/kernel and mlp/down/kernel; {part.name} has one at {path}"
-            )
-        rows = next(iter(arrays.values())).shape[0]
-        out += [(Slot(named[ours], first + i), {k: x[i] for k, x in arrays.items()}) for i in range(rows)]
-    return out
-
-
-def _standing(by_slot: Mapping[Slot, portable.Arrays], form: portable.Hub, config: ModelConfig) -> dict[str, Any]:
-    """The entries that say in which layers and places adapters stand, and how wide they are."""
-    used = {place: {s.layer for s in by_slot if s.place == place} for place in PLACES}
-    layers = set().union(*used.values())
-    if any(found not in (set(), layers) for found in used.values()):
-        raise errors.ConfigError(
-            "AdapterHub has adapters in the same layers at both places; here they are in layers "
-            + " and ".join(f"{sorted(found)} ({PLACES[place]})" for place, found in used.items())
-        )
-    widths: dict[int, int] = {}
-    for slot, arrays in by_slot.items():
-        width = form.width(arrays)
-        if widths.setdefault(slot.layer, width) != width:
-            raise errors.ConfigError(
-                f"AdapterHub has one width in a layer; here are {widths[slot.layer]} and {width} in layer {slot.layer}"
-            )
-    factors: dict[str, float] = {str(i): hub_config.factor(widths[i], config.embed_dim) for i in sorted(layers)}
-    one = len(set(factors.values())) == 1
-    return {
-        **{place: bool(found) for place, found in used.items()},
-        "leave_out": sorted(set(range(config.num_layers)) - layers),
-        "reduction_factor": next(iter(factors.values())) if one else factors,
-    }
+def _adapters(parts: list[Part], starts: dict[str, int], config: ModelConfig, head: str) -> Written:
+    """The tensors and the config of all adapters: a union where they are of several kinds."""
+    kinds = {write: [p for p in parts if isinstance(p.form, form)] for form, write in WRITERS.items()}
+    made = [write(some, starts, config, head) for write, some in kinds.items() if some]
+    tensors = {k: x for some, _ in made for k, x in some.items()}
+    configs = [entries for _, entries in made]
+    return tensors, configs[0] if len(configs) == 1 else {"architecture": "union", "configs": configs}
 
 
 def _head(whole: Mapping[str, Any], base: Params, config: ModelConfig, head: str) -> dict[str, np.ndarray]:

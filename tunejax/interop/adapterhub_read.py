@@ -1,19 +1,18 @@
 """Adapter folders of AdapterHub's library `adapters`, read: into the methods of a config and the arrays they train."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from tunejax.core import errors, portable
+from tunejax.core import errors
 from tunejax.interop import found as found_lib
-from tunejax.interop import hub_config, hub_slots, modules
+from tunejax.interop import hub_bottleneck, hub_config, hub_prefix, hub_product, hub_slots, modules
 from tunejax.interop.found import CONFIG, Found
-from tunejax.interop.hub_slots import Slot
+from tunejax.interop.hub_part import Folder
 from tunejax.interop.modules import Site
-from tunejax.methods import registry
 from tunejax.models.config import ModelConfig
 
 HEADS = {"ForCausalLM": "lm", "LMHeadModel": "lm", "ForMaskedLM": "mlm", "ForSequenceClassification": "classification"}
@@ -21,12 +20,13 @@ HEADS = {"ForCausalLM": "lm", "LMHeadModel": "lm", "ForMaskedLM": "mlm", "ForSeq
 TIED = "lm_head.weight"
 """Where a model's head is its table: that table once more, which the library does not train."""
 PICKLES = {hub_slots.WEIGHTS: "pytorch_adapter.bin", hub_slots.HEAD_WEIGHTS: "pytorch_model_head.bin"}
+BOTTLENECK = "bottleneck"
+"""The architecture of a config that names none."""
+READERS = {BOTTLENECK: hub_bottleneck.read, "prefix_tuning": hub_prefix.read, "lora": hub_product.read}
+"""Architecture -> what reads it."""
 ARCHITECTURES = {
-    "lora": "write it as a folder of HF PEFT, which is read",
-    "prefix_tuning": "its prefix takes no positions, and here the text's go on from the prefix's length",
     "prompt_tuning": "write it as a folder of HF PEFT, which is read",
     "reft": "it edits chosen positions of a text, and here every position is edited",
-    "union": "it joins several methods (mam, unipelt), of which prefixes and gates have no exact form",
 }
 """What cannot be read -> why, or what can."""
 
@@ -61,42 +61,74 @@ def read(folder: Path, config: ModelConfig, *, head: str) -> Found:
     found = found_lib.settings(folder)
     if not isinstance(found["config"], Mapping):
         raise errors.CheckpointError(f"{folder / CONFIG}: config is {found['config']!r}, expected a mapping of entries")
-    entries = dict(found["config"])
-    if (kind := entries.get("architecture")) not in (None, "bottleneck"):
-        raise errors.CheckpointError(
-            f"{folder / CONFIG}: architecture {kind!r} of AdapterHub has no exact form here"
-            + (f": {ARCHITECTURES[kind]}" if kind in ARCHITECTURES else "")
-            + f" ({hub_config.DETAILS})"
-        )
-    name, form = _method(entries)
-    given = hub_config.arguments(form, entries, config, legacy="version" not in found)
-    by_slot, common = _sorted(folder, found, entries, config, head)
-    groups: dict[int, dict[Site, dict[str, np.ndarray]]] = {}
-    for slot, tensors in by_slot.items():
-        arrays = _arrays(folder, form, tensors, slot)
-        groups.setdefault(form.width(arrays), {})[slot.site] = arrays
-    parts = [
-        part
-        for width, sites in groups.items()
-        for part in found_lib.by_layers({"name": name, **given, "width": width}, sites, config.num_layers)
-    ]
+    members = _members(folder, dict(found["config"]))
+    opened = _opened(folder, found, config, head)
+    parts = [part for entries in members for part in READERS[_kind(entries)](opened, entries)]
+    bottleneck = [e for e in members if _kind(e) == BOTTLENECK]
+    shared = hub_bottleneck.shared(opened, bottleneck[0]) if bottleneck else {}
+    _nothing_left(opened)
     values, num_labels = _head(folder, config, head)
     parts += found_lib.whole_specs("full", values, config)
-    shared = _shared(folder, form, common)
     return Found([s for s, _ in parts], base_of(found), [arrays for _, arrays in parts], shared, num_labels)
 
 
-def _method(entries: Mapping[str, Any]) -> tuple[str, portable.Hub]:
-    """The method whose flags agree; the one with the most flags where several do."""
-    every = {**hub_config.DEFAULTS, **entries}
-    agreeing = [
-        (len(form.flags), name, form)
-        for name in registry.NAMES
-        if isinstance(form := portable.hub_of(registry.find(name)[1], name), portable.Hub)
-        and all(every.get(k) == v for k, v in form.flags.items())
+def _kind(entries: Mapping[str, Any]) -> str:
+    return str(entries.get("architecture") or BOTTLENECK)
+
+
+def _members(folder: Path, entries: dict[str, Any]) -> list[dict[str, Any]]:
+    """The configs of a union, or the one there is.
+
+    Raises:
+      CheckpointError: one of a kind that has no exact form here, or two of one kind.
+    """
+    members = list(entries.get("configs") or []) if _kind(entries) == "union" else [entries]
+    for kind in map(_kind, members):
+        if kind not in READERS:
+            raise errors.CheckpointError(
+                f"{folder / CONFIG}: architecture {kind!r} of AdapterHub has no exact form here"
+                + (f": {ARCHITECTURES[kind]}" if kind in ARCHITECTURES else "")
+                + f" ({hub_config.DETAILS})"
+            )
+    if len(set(map(_kind, members))) != len(members) or not members:
+        raise errors.CheckpointError(
+            f"{folder / CONFIG}: a union of {', '.join(map(_kind, members)) or 'nothing'}; one of each kind can be read"
+        )
+    return members
+
+
+def _opened(folder: Path, found: Mapping[str, Any], config: ModelConfig, head: str) -> Folder:
+    """The tensors of the folder by kind and module. Raises CheckpointError for one that is of neither."""
+    try:
+        hub_slots.check(config)
+    except errors.ConfigError as e:
+        raise errors.CheckpointError(str(e)) from None
+    adapter, prefix = str(found.get("name")), hub_slots.base_prefix(config)
+    kinds: dict[str, dict[str, dict[str, np.ndarray]]] = {}
+    for name, array in _tensors(folder, hub_slots.WEIGHTS).items():
+        key = hub_slots.parse(name, adapter) or hub_slots.Key("", name, "")
+        module = key.module.removeprefix(prefix) if key.kind in hub_slots.KINDS else name
+        # A prefix stands in the file once more for each layer, and is one all the same.
+        kinds.setdefault(key.kind, {}).setdefault(module, {}).setdefault(key.end, array)
+    return Folder(folder / hub_slots.WEIGHTS, config, head, adapter, kinds, "version" not in found)
+
+
+def _nothing_left(folder: Folder) -> None:
+    """Raises CheckpointError where no reader has taken some tensors."""
+    left = [
+        f"{module}.{kind}.{folder.adapter}.{end}" if kind else module
+        for kind, modules_ in folder.tensors.items()
+        for module, tensors in modules_.items()
+        for end in tensors
     ]
-    _, name, form = max(agreeing, key=lambda x: x[0])
-    return name, form
+    if left:
+        known = [f"{m}.adapters.{folder.adapter}" for m in hub_slots.slots(folder.config, folder.head).values()]
+        near = errors.nearest(left[0], known, 1)
+        hint = f" The nearest place here is {near[0]!r}." if near else ""
+        raise errors.CheckpointError(
+            f"{folder.file}: {len(left)} tensors have no place in this {folder.config.family} model, such as "
+            f"{left[0]!r}.{hint}"
+        )
 
 
 def _tensors(folder: Path, name: str) -> dict[str, np.ndarray]:
@@ -104,86 +136,9 @@ def _tensors(folder: Path, name: str) -> dict[str, np.ndarray]:
         raise errors.CheckpointError(
             f"{folder} holds {PICKLES[name]} but no {name}. PyTorch's own files are pickles, which can run code when "
             "they are read, so only safetensors are. Convert it where you trust it: load it with `adapters`, then "
-            "save_adapter(..., use_safetensors=True)"
+            "save_adapter(..., use_safetensors=True). The library cannot save a prefix so: docs/adapterhub.md has how"
         )
     return found_lib.tensors(folder / name)
-
-
-def _sorted(
-    folder: Path, found: Mapping[str, Any], entries: Mapping[str, Any], config: ModelConfig, head: str
-) -> tuple[dict[Slot, dict[str, np.ndarray]], dict[str, np.ndarray]]:
-    """(tensors of each slot, what is shared), by the ends of their names.
-
-    Raises:
-      CheckpointError: tensors that are neither, or a slot that the config asks for and that has none.
-    """
-    try:
-        there = hub_slots.slots(config, head)
-    except errors.ConfigError as e:
-        raise errors.CheckpointError(str(e)) from None
-    prefix, adapter = hub_slots.base_prefix(config), str(found.get("name"))
-    owners = {module.removeprefix(prefix): slot for slot, module in there.items()}
-    by_slot: dict[Slot, dict[str, np.ndarray]] = {}
-    common, strange = {}, []
-    for key, array in _tensors(folder, hub_slots.WEIGHTS).items():
-        parsed = hub_slots.parse(key, adapter)
-        slot = parsed and owners.get(parsed.module.removeprefix(prefix))
-        if parsed and not parsed.module:
-            common[parsed.end] = array
-        elif parsed and slot:
-            by_slot.setdefault(slot, {})[parsed.end] = array
-        else:
-            strange.append(key)
-    if strange:
-        near = errors.nearest(strange[0], [f"{m}.adapters.{adapter}" for m in there.values()], 1)
-        hint = f" The nearest place here is {near[0]!r}." if near else ""
-        raise errors.CheckpointError(
-            f"{folder / hub_slots.WEIGHTS}: {len(strange)} tensors have no place in this {config.family} model, such "
-            f"as {strange[0]!r}.{hint}"
-        )
-    missing = [s for s in _wanted(entries, config) if s not in by_slot]
-    if missing:
-        raise errors.CheckpointError(
-            f"{folder / hub_slots.WEIGHTS} has nothing for {there[missing[0]]}.adapters.{adapter}, and {CONFIG} asks "
-            "for it"
-        )
-    return by_slot, common
-
-
-def _wanted(entries: Mapping[str, Any], config: ModelConfig) -> Iterator[Slot]:
-    for layer in range(config.num_layers):
-        if layer not in (entries.get("leave_out") or ()):
-            yield from (Slot(place, layer) for place in hub_slots.PLACES if entries.get(place))
-
-
-def _arrays(folder: Path, form: portable.Hub, tensors: Mapping[str, np.ndarray], slot: Slot) -> dict[str, np.ndarray]:
-    """The arrays of one slot; a trained factor is multiplied into them."""
-    rest = {k: x for k, x in tensors.items() if k != "scaling"}
-    try:
-        arrays = form.read(rest)
-        left = rest.keys() - form.write(arrays).keys()
-    except KeyError as e:
-        raise errors.CheckpointError(
-            f"{folder / hub_slots.WEIGHTS}: layer {slot.layer}, {slot.place}, has no {e}; found {', '.join(tensors)}"
-        ) from None
-    if left:
-        raise errors.CheckpointError(
-            f"{folder / hub_slots.WEIGHTS}: layer {slot.layer}, {slot.place}, has {min(left)!r}, which no method here "
-            "knows"
-        )
-    return form.scaled(arrays, tensors["scaling"]) if form.scaled and "scaling" in tensors else arrays
-
-
-def _shared(folder: Path, form: portable.Hub, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    if form.read_shared is None:
-        return {}
-    try:
-        return dict(form.read_shared(tensors))
-    except KeyError as e:
-        raise errors.CheckpointError(
-            f"{folder / hub_slots.WEIGHTS} has no {e}, which all its adapters share; older versions of the library "
-            "left it out, and such a folder does not say what was trained"
-        ) from None
 
 
 def _head_config(folder: Path) -> dict[str, Any]:

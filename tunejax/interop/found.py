@@ -109,6 +109,9 @@ def trained(found: Found, method: Method, train: Any, cuts: tuple[int, ...]) -> 
             if path == SHARED:
                 out[path] = _cut(found.shared, like)
                 continue
+            if isinstance(like, Mapping) and any(isinstance(x, Mapping) for x in like.values()):
+                out[path] = one(arrays, like)  # what a method within a method trains
+                continue
             ours, first = modules.canonical(path, starts)
             fields = {"": like} if operators.is_array(like) else like
             made = {k: _stacked(arrays, ours, first, k, x) for k, x in fields.items()}

@@ -28,7 +28,6 @@ REFUSED = {
     "inv_adapter": (None, "adapters of the embeddings (invertible ones)"),
     "ln_before": (False, "a norm of the adapter's own"),
     "ln_after": (False, "a norm of the adapter's own"),
-    "use_gating": (False, "a gate that is the mean over all tokens of a row"),
 }
 """Entry -> (the value that can be read, what any other one adds)."""
 TRAINED_SCALES = ("learned", "channel")
@@ -109,7 +108,7 @@ def arguments(form: portable.Hub, found: Mapping[str, Any], config: ModelConfig,
     return {
         **{ours: entries[theirs] for ours, theirs in form.entries.items()},
         "reads": _reads(entries, config),
-        "activation": _activation(str(entries["non_linearity"]).lower(), legacy),
+        "activation": activation(str(entries["non_linearity"]).lower(), legacy),
         "scale": float(entries["scaling"]) if _number(entries["scaling"]) else 1.0,
     }
 
@@ -118,7 +117,8 @@ def _number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _activation(name: str, legacy: bool) -> str:
+def activation(name: str, legacy: bool) -> str:
+    """What an activation is called here. Raises CheckpointError where it has no name."""
     name = LEGACY.get(name, name) if legacy else name
     if name not in activations.HUGGING_FACE:
         near = errors.did_you_mean(name, activations.HUGGING_FACE)

@@ -34,17 +34,22 @@ class Slot(NamedTuple):
         return Site(PLACES[self.place], self.layer)
 
 
+def check(config: ModelConfig) -> None:
+    """Raises ConfigError where the library has no such family."""
+    if config.family not in FAMILIES:
+        raise errors.ConfigError(
+            f"AdapterHub's library ({VERSION}) has adapters for {', '.join(FAMILIES)}, and this model is a "
+            f"{config.family}"
+        )
+
+
 def slots(config: ModelConfig, head: str) -> dict[Slot, str]:
     """The module that holds the adapters of each place of each layer.
 
     Raises:
       ConfigError: the library has no such family.
     """
-    if config.family not in FAMILIES:
-        raise errors.ConfigError(
-            f"AdapterHub's library ({VERSION}) has bottleneck adapters for {', '.join(FAMILIES)}, and this model is a "
-            f"{config.family}"
-        )
+    check(config)
     places = modules.places(config, head)
     named = FAMILIES[config.family]
     out = {}
@@ -62,14 +67,28 @@ def base_prefix(config: ModelConfig) -> str:
     return registry.get(config.family).prefixes[0]
 
 
-class Key(NamedTuple):
-    """A tensor's name taken apart. module: that holds the adapters, "" for what all share; end: within an adapter."""
+KINDS = ("adapters", "loras", "prefix_gates", "prefix_tunings", "shared_parameters")
+"""What stands before an adapter's name in the names of its tensors: the kind of what they are."""
+OWN = ("prefix_gates", "prefix_tunings")
+"""Kinds that have a module of their own between them and the module that they belong to."""
+WHOLE = ("prefix_tunings", "shared_parameters")
+"""Kinds that belong to the whole model, wherever they are named."""
 
+
+class Key(NamedTuple):
+    """A tensor's name taken apart. kind: of `KINDS`; module: that holds it, "" for the whole model's; end: the rest."""
+
+    kind: str
     module: str
     end: str
 
 
 def parse(name: str, adapter: str) -> Key | None:
-    """The parts of a tensor's name, or None for what belongs to no bottleneck adapter of that name."""
-    found = re.fullmatch(rf"(?:(.*)\.adapters|(?:.*\.)?shared_parameters)\.{re.escape(adapter)}\.(.*)", name)
-    return Key(found[1] or "", found[2]) if found else None
+    """The parts of a tensor's name, or None for what belongs to no adapter of that name."""
+    found = re.fullmatch(rf"(?:(.*)\.)?({'|'.join(KINDS)})\.{re.escape(adapter)}\.(.*)", name)
+    if not found:
+        return None
+    module, kind, end = found[1] or "", found[2], found[3]
+    if kind in OWN:
+        module = re.sub(r"(^|\.)prefix_tuning(\.pool)?$", "", module)
+    return Key(kind, "" if kind in WHOLE else module, end)

@@ -42,7 +42,7 @@ FREE = ("targets", "layers", "dropout")
 class Tuned(NamedTuple):
     """What is written. specs: of the methods, as in a config; the rest as of `recipes.artefact.Tuned`."""
 
-    specs: Sequence[Mapping[str, Any]]
+    specs: Sequence[Mapping[str, Any] | str]
     method: Method
     base: Params
     train: Any
@@ -176,7 +176,7 @@ def _parts(tuned: Tuned, config: ModelConfig) -> tuple[list[_Part], list[peft_pr
     for name, arguments, module, train, state in links(tuned, "PEFT"):
         form, prompt = portable.form_of(module, name), portable.prompt_of(module, name)
         if prompt is not None:
-            prompts.append(peft_prompts.write(name, prompt, train, config))
+            prompts.append(peft_prompts.write(name, prompt, arguments, train, config))
         elif form is not None:
             sites = {p: _host({**state.get(p, {}), **arrays}) for p, arrays in train.items()}
             shared = {**_host(state.get(SHARED, {})), **sites.pop(SHARED, {})}

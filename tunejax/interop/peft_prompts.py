@@ -39,12 +39,17 @@ def looks_up(settings: Mapping[str, Any]) -> bool:
     return settings["peft_type"] in READ and READ[settings["peft_type"]] == "prompt_tuning"
 
 
-def write(name: str, form: portable.Prompt, train: Any, config: ModelConfig) -> Written:
+def write(name: str, form: portable.Prompt, arguments: Mapping[str, Any], train: Any, config: ModelConfig) -> Written:
     """The tensors and settings of a method that trains virtual tokens or a prefix.
 
     Raises:
-      ConfigError: a prefix that some layers lack.
+      ConfigError: a prefix that some layers lack, an argument that PEFT has otherwise.
     """
+    for argument, value in form.fixed.items():
+        if arguments.get(argument, value) != value:
+            raise errors.ConfigError(
+                f"PEFT's {form.peft_type} is {name} with {argument}: {value!r}, and here it is {arguments[argument]!r}"
+            )
     rows, of = np.asarray(form.rows(train), np.float32), sizes(config, form.prefix)
     wanted = of.layers * 2 * of.width if form.prefix else of.width
     if rows.shape[1] != wanted:

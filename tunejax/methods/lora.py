@@ -17,6 +17,7 @@ ALIASES = {**low_rank.ALIASES, "loraplus_lr_ratio": "ratio"}
 """What PEFT calls it -> what it is here."""
 
 PEFT, PRODUCT = low_rank.PEFT, low_rank.PRODUCT
+ADAPTERHUB = {"lora": low_rank.HUB, "lora_plus": low_rank.HUB}
 
 
 def lora(

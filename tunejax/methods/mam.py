@@ -5,13 +5,14 @@
 
 The paper's finding is that attention needs little capacity and the MLP uses much of it. Its defaults stand here: 30
 positions through an MLP of width 800, s = 4, and 512 of 1024 dimensions. The adapter's activation is the model's.
+AdapterHub's ``mam`` is this with ``positions: false`` and ``reads: residual``, where the activation is ReLU.
 """
 
 from typing import Any
 
 from tunejax.core import errors, portable
 
-ADAPTERHUB = portable.NoForm("its prefix takes no positions, and here the text's go on from the prefix's length")
+ADAPTERHUB = portable.HubUnion("mam")
 
 HIDDEN = 800
 """Width of the prefix's MLP, as in the paper."""
@@ -25,6 +26,8 @@ def mam(
     reduction_factor: float = 2,
     scale: float = 4.0,
     layers: str | int | None = None,
+    positions: bool = True,
+    reads: str = "input",
 ) -> list[dict[str, Any]]:
     """Trains a short prefix in attention and a wide parallel adapter beside the MLP (arXiv:2110.04366).
 
@@ -36,6 +39,8 @@ def mam(
       reduction_factor: the outer width over this.
       scale: times what the adapter adds.
       layers: only these layers of the stack, as a slice: "-2:".
+      positions: of ``prefix_tuning``: whether the text's count on from ``length``.
+      reads: of ``parallel_adapter``: the MLP's "input", or the "residual".
 
     Raises:
       ConfigError: the width of an MLP that is not there.
@@ -47,7 +52,8 @@ def mam(
         raise errors.ConfigError(f"mam: hidden is {hidden}, the inner width of project: true; leave it out")
     inner = {"hidden": hidden} if project else {}
     return [
-        {"name": "prefix_tuning", "length": length, "project": project, **inner, "layers": layers},
+        {"name": "prefix_tuning", "length": length, "project": project, **inner, "layers": layers,
+         "positions": positions},
         {"name": "parallel_adapter", "width": width, "reduction_factor": reduction_factor, "scale": scale,
-         "layers": layers},
+         "layers": layers, "reads": reads},
     ]  # fmt: skip

@@ -2,15 +2,20 @@
 
 Li & Liang, 2021 (arXiv:2101.00190); Liu et al., 2021 (arXiv:2110.07602), whose deep prompts are the same without the
 MLP. The pairs fill the slot ``attention/prefix`` of each layer (`core.prompts.Prefix`); they are not rotated, and real
-tokens stand at positions ``length``, ``length + 1``, ..., as behind PEFT's past_key_values. A softmax over more keys
-is another one, so the law of identity at the start does not hold, and nothing can be merged.
+tokens stand at positions ``length``, ``length + 1``, ..., as behind PEFT's past_key_values, or with ``positions:
+false`` at 0, 1, ..., as behind AdapterHub's prefix. A softmax over more keys is another one, so the law of identity at
+the start does not hold, and nothing can be merged.
 
 With ``project`` a pair comes from a row e [width] by an MLP (equation 3 there): tanh(e W₁ + b₁) W₂ + b₂, whose last
 product each layer has a part of. PEFT's embedding.weight is e; its transform.0 and .2 hold W₁ᵀ and W₂ᵀ, the outputs in
 the order (layer, key or value, kv_heads · head_dim). Without it PEFT's embedding.weight [length, ...] holds the pairs
 in this order.
+
+AdapterHub's library keeps the MLP where it was not run and done with: wte.weight is e, control_trans.0 and .2 the
+products. Its e is as wide as the model, and here as wide as the keys of a layer.
 """
 
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -41,6 +46,7 @@ def prefix_tuning(
     hidden: int | None = None,
     init: str = "random",
     layers: str | int | None = None,
+    positions: bool = True,
 ) -> Method:
     """Trains keys and values before those of the text, in every layer (arXiv:2101.00190).
 
@@ -50,6 +56,7 @@ def prefix_tuning(
       hidden: inner width of the MLP; by default that of its rows, kv_heads · head_dim.
       init: "random" (standard normal, as in PEFT) or "zero" (of the last product, with ``project``).
       layers: only these layers of the stack, as a slice: "-2:". All layers count positions from ``length`` even so.
+      positions: whether the text's positions count on from ``length``; else from 0, as AdapterHub has it.
 
     Raises:
       ConfigError: length or hidden below 1, an unknown init, hidden without project.
@@ -61,14 +68,16 @@ def prefix_tuning(
         return Start(train=_fresh(key, _slots(params, layers), length, project, hidden, init == "zero"))
 
     return methods.method(
-        "prefix_tuning", init_, _bind, axes=_axes, cuts=lambda depth: methods.layer_cuts(layers, depth),
-        targets=(SLOT,), prefix=length,
+        "prefix_tuning", init_, functools.partial(_bind, positions), axes=_axes,
+        cuts=lambda depth: methods.layer_cuts(layers, depth), targets=(SLOT,), prefix=length if positions else 0,
     )  # fmt: skip
 
 
-def p_tuning_v2(length: int = 20, init: str = "random", layers: str | int | None = None) -> Method:
+def p_tuning_v2(
+    length: int = 20, init: str = "random", layers: str | int | None = None, positions: bool = True
+) -> Method:
     """Trains keys and values in every layer without an MLP (arXiv:2110.07602); otherwise `prefix_tuning`."""
-    return prefix_tuning(length, init=init, layers=layers)._replace(name="p_tuning_v2")
+    return prefix_tuning(length, init=init, layers=layers, positions=positions)._replace(name="p_tuning_v2")
 
 
 def _check(length: int, project: bool, hidden: int | None, init: str) -> None:
@@ -128,8 +137,8 @@ def _linear(key: Any, shape: tuple[int, ...], fan_in: int) -> jax.Array:
     return jax.random.uniform(key, shape, jnp.float32, -1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in))
 
 
-def _bind(params: Params, train: Mapping[str, Any], state: Any, ctx: Context) -> Params:
-    return paths.replace(params, flatten(train, prompts.Prefix))
+def _bind(positions: bool, params: Params, train: Mapping[str, Any], state: Any, ctx: Context) -> Params:
+    return paths.replace(params, flatten(train, functools.partial(prompts.Prefix, positions=positions)))
 
 
 def flatten(train: Mapping[str, Any], pair: Any = None) -> dict[Path, Any]:
@@ -171,6 +180,7 @@ def _pairs(train: Mapping[str, Any]) -> jax.Array:
     return jnp.stack([key, value], axis=1).transpose(2, 0, 1, 3).reshape(key.shape[1], -1)
 
 
-PEFT = portable.Prompt("PREFIX_TUNING", True, _pairs, {"prefix_projection": False})
-ADAPTERHUB = portable.NoForm("its prefix takes no positions, and here the text's go on from the prefix's length")
+PEFT = portable.Prompt("PREFIX_TUNING", True, _pairs, {"prefix_projection": False}, {"positions": True})
 """Its form in PEFT, which keeps the pairs that the network made, and not the network."""
+_HUB = portable.HubPrefix("prefix_tuning", pairs=flatten, network=lambda train: train if "shared" in train else None)
+ADAPTERHUB = {"prefix_tuning": _HUB, "p_tuning_v2": _HUB._replace(name="prefix_tuning_flat")}

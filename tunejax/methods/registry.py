@@ -160,6 +160,16 @@ def scale_of(spec: Mapping[str, Any] | str) -> float:
     return float(scale)
 
 
+def parts(specs: Sequence[Mapping[str, Any] | str]) -> list[Mapping[str, Any] | str]:
+    """The descriptions, with what each preset is made of in its place. Raises as `build`."""
+    out: list[Mapping[str, Any] | str] = []
+    for spec in spelled_out(specs):
+        _, factory, given, _ = _called(spec)
+        made = None if _is_method(_hints(factory).get("return")) else factory(**given)
+        out += parts(made) if isinstance(made, list) else [spec]
+    return out
+
+
 def resolved(spec: Mapping[str, Any] | str) -> tuple[str, dict[str, Any], ModuleType]:
     """(name, every argument with the defaults filled in, module) of one method's description. Raises as `build`."""
     name, factory, given, module = _called(spec)

@@ -144,7 +144,7 @@ class Attention(nnx.Module):
             view.kv_where,
             causal=view.causal,
             window=c.sliding_window,
-            prefix=prefix and tuple(p.reshape(len(p), -1, c.head_dim) for p in prefix),
+            prefix=sites.pair(prefix, x, c.head_dim),
             strength=sites.strength(prefix, x),
             seen=view.seen,
         )

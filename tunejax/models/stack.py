@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from tunejax.core import errors
+from tunejax.core import errors, sites
 from tunejax.core.paths import Params
 from tunejax.models import modules
 from tunejax.models.blueprint import Blueprint, Noise
@@ -65,9 +65,9 @@ def init(block: Blueprint, sizes: Sequence[int], key: Any) -> Params:
 
 
 def prefix_length(layers: Mapping[str, Params]) -> int:
-    """How many trained keys stand before the text, in the layer that has the most."""
+    """How many positions prefixes take before the text, in the layer where they take the most."""
     filled = [p for segment in layers.values() if (p := segment["attention"]["prefix"]) is not None]
-    return max((next(iter(p)).shape[1] for p in filled), default=0)
+    return max((sites.taken(p) for p in filled), default=0)
 
 
 def run(

@@ -131,7 +131,7 @@ def _filled(name: str, trains: str, arguments: str, method: Method, kept_as: str
         method.density is not None,
         _composes(method),
         peft[0] if peft else None,
-        hub.name if isinstance(hub, portable.Hub) else None,
+        hub.name if isinstance(hub, portable.HubForm) else None,
         paper,
     )
 
