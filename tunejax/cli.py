@@ -106,8 +106,9 @@ def _merge(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--how",
         default="cat",
-        choices=["cat", "linear", "ties", "dare_linear", "dare_ties", "magnitude_prune"],
-        help="cat (default): the exact weighted sum; the others as HF PEFT calls them",
+        choices=["cat", "linear", "ties", "dare_linear", "dare_ties", "magnitude_prune", "stack"],
+        help="cat (default): the exact weighted sum; stack: the last run above the others, whose bottleneck adapters "
+        "stay as they are; the others as HF PEFT calls them",
     )
     sub.add_argument("--weights", type=float, nargs="+", help="one a run, also negative (default: a mean)")
     sub.add_argument("--density", type=float, help="share of entries that pruning keeps (default 0.5)")

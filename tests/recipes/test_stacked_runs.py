@@ -5,6 +5,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -12,7 +13,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 import worlds
 
 from tunejax import cli
-from tunejax.core import taken
+from tunejax.core import paths, taken
+from tunejax.core.bottleneck import Bottleneck
+from tunejax.core.model import full_batch
 from tunejax.methods import stack
 from tunejax.recipes import adapter, artefact
 
@@ -94,6 +97,49 @@ def test_a_task_goes_above_another_language(run, tmp_path):
     other = artefact.open_run(str(tmp_path / "other")).train
     assert [bits(x) for x in found] == [bits(other), bits(taken.joined(task))]
     assert len(task) == 2
+
+
+def test_finished_runs_are_served_on_top_of_each_other(run, tmp_path, capsys):
+    """`merge --how stack`: also with a head that the top run alone has, and in place of what it stood on."""
+    language, other, task, out = (tmp_path / n for n in ("language", "other", "task", "out"))
+    head = [*worlds.classified(tmp_path), "seed=5"]
+    assert run("language", {**NEW, "activation": "gelu"}) == 0
+    assert run("other", {**NEW, "width": 2, "activation": "gelu"}, "seed=3") == 0
+    full = {"name": "full", "targets": "/head/kernel"}
+    assert run("task", [on(language, activation="gelu"), NEW, full], *head) == 0
+    assert cli.main(["merge", str(other), str(task), "--how", "stack", "--output", str(out)]) == 0
+    top = artefact.open_run(str(task))
+    expected = bound([artefact.open_run(str(other)), top], top, [None, "1:pfeiffer"])
+    shutil.rmtree(other)
+    found = artefact.open_run(str(out))
+    assert bits(found.train["1:pfeiffer"]) == bits(top.train["1:pfeiffer"])
+    assert bits(found.train["2:full"]) == bits(top.train["2:full"])
+    batch = full_batch(jnp.arange(4, 12)[None])
+    model = found.parts.model
+    ours, theirs = (model.hidden(p, batch)[0] for p in (found.params, expected))
+    np.testing.assert_allclose(ours, theirs, atol=1e-5)
+    assert np.abs(ours - model.hidden(top.params, batch)[0]).max() > 1e-3
+    capsys.readouterr()
+    assert cli.main(["evaluate", str(out), f"data.eval_path={tmp_path / 'labelled.jsonl'}"]) == 0
+    assert "accuracy" in json.loads(capsys.readouterr().out)
+    assert cli.main(["merge", str(language), "--how", "stack", "--output", str(tmp_path / "new")]) == 2
+    assert "name two at least" in capsys.readouterr().err
+    both = ["merge", str(tmp_path / "lower"), str(language), "--how", "stack", "--output", str(tmp_path / "new")]
+    assert cli.main(both) == 2
+    assert "cut before [], and above these it would be cut before [1]" in capsys.readouterr().err
+    assert cli.main([*both, "--density", "0.5"]) == 2
+    assert "--density: --how stack adds nothing up" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+def bound(runs, top, keys):
+    """The parameters of ``top`` with what these runs trained at the MLP's end, by hand; its whole head too."""
+    path = "layers/0/mlp/down/kernel"
+    kernel = paths.get(top.loaded.params, path)
+    for one, key in zip(runs, keys, strict=True):
+        arrays = (one.train if key is None else one.train[key])[path]
+        kernel = Bottleneck(kernel, **arrays, activation="gelu" if key is None else "relu")
+    return paths.replace(top.loaded.params, {path: kernel, **top.train["2:full"]})
 
 
 def test_what_does_not_fit_is_told_before_anything_is_written(run, tmp_path, capsys):

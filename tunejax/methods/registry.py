@@ -201,7 +201,7 @@ def _called(
             given[key] = tokenize(given[key])
     for key in getattr(module, "LOADED", ()):
         if load is not None and isinstance(given.get(key), list):
-            loaded = [_alone(*load(x)) if isinstance(x, str) else (x, None) for x in given[key]]
+            loaded = [alone(*load(x)) if isinstance(x, str) else (x, None) for x in given[key]]
             runs = {f"{key}[{i}]": spec for i, (_, spec) in enumerate(loaded)}
             _agree(name, factory, given, runs, getattr(module, "AGREE", {}))
             given[key] = [train for train, _ in loaded]
@@ -214,7 +214,7 @@ def _called(
     return name, factory, arguments(name, factory, given), module
 
 
-def _alone(train: Any, spec: Any) -> tuple[Any, Any]:
+def alone(train: Any, spec: Any) -> tuple[Any, Any]:
     """What a run trained and that method's description; of a chain of which one part trained, that part's.
 
     The description is None where it is not known which of several it is.

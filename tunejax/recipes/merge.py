@@ -12,7 +12,7 @@ from tunejax.config import load, schema
 from tunejax.core import combine, errors, operators, paths
 from tunejax.core.method import Method, chain
 from tunejax.methods import registry
-from tunejax.recipes import adapter, artefact, combined, folder, runtime
+from tunejax.recipes import adapter, artefact, combined, folder, runtime, stacked
 from tunejax.recipes.combined import STACKED, How, Made
 
 DENSITY = 0.5
@@ -27,12 +27,25 @@ def main(args: argparse.Namespace) -> None:
       ConfigError: they cannot be combined so; the message says what can.
     """
     output = folder.new(args.output)
+    if args.how == "stack":
+        _stack(output, args)
+        return
     how = settings(args)
     runtime.begin()
     runs = opened(args.runs)
     made = combined.of_weights(runs, how, args.rank) if args.of == "weights" else combined.of_adapters(runs, how)
     config = write(output, runs, made, {"runs": args.runs, "how": how.name, "weights": how.weights, "of": args.of})
     print(f"{output}: {how.name} of {len(runs)} runs on {runs[0].parts.name}, kept as {_named(config)}")
+
+
+def _stack(output: Path, args: argparse.Namespace) -> None:
+    given = {"--weights": args.weights, "--density": args.density, "--rank": args.rank}
+    if flags := [k for k, v in given.items() if v is not None] + ["--of weights"] * (args.of == "weights"):
+        raise errors.ConfigError(f"{flags[0]}: --how stack adds nothing up, so there is nothing to weigh or prune")
+    runtime.begin()
+    top, made = stacked.of(args.runs)
+    write(output, [top], made, {"runs": args.runs, "how": args.how})
+    print(f"{output}: {args.runs[-1]} above {', '.join(args.runs[:-1])} on {top.parts.name}")
 
 
 def settings(args: argparse.Namespace) -> How:
