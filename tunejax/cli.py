@@ -87,6 +87,11 @@ def parser() -> argparse.ArgumentParser:
         "--dtype", choices=["float32", "bfloat16", "float16"], help="of the weights (default: as loaded)"
     )
     _merge(verb("merge", "combine the adapters of several runs on one base into one"))
+    back = verb("unmerge", "take what a run changed out of a merged model again: the base, for transformers")
+    back.add_argument("merged", help="model folder that export wrote")
+    back.add_argument("run", help="run folder, or adapter folder, that is in it")
+    back.add_argument("--output", required=True, help="folder to write; must not exist or be empty")
+    back.add_argument("--rest", action="store_true", help="also where more than rounding is left over the run's base")
     _shrink(verb("shrink", "cut away what a run masked, and write the smaller model for transformers; resumes"))
     verb("methods", "list the methods, what they train and their papers").add_argument(
         "--markdown", action="store_true", help="as the table of the README"
@@ -101,8 +106,9 @@ def _merge(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--how",
         default="cat",
-        choices=["cat", "linear", "ties", "dare_linear", "dare_ties", "magnitude_prune"],
-        help="cat (default): the exact weighted sum; the others as HF PEFT calls them",
+        choices=["cat", "linear", "ties", "dare_linear", "dare_ties", "magnitude_prune", "stack"],
+        help="cat (default): the exact weighted sum; stack: the last run above the others, whose bottleneck adapters "
+        "stay as they are; the others as HF PEFT calls them",
     )
     sub.add_argument("--weights", type=float, nargs="+", help="one a run, also negative (default: a mean)")
     sub.add_argument("--density", type=float, help="share of entries that pruning keeps (default 0.5)")

@@ -1,5 +1,7 @@
 """AdapterFusion against its formula in numpy, and stacks of adapters."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -78,6 +80,25 @@ def test_the_adapters_stand_still_while_their_mix_trains_on_eight_devices():
     one, end = trains.run(method, learning_rate=3e-3, shape=(2, 2, 2))
     jax.tree.map(np.testing.assert_array_equal, end.state, fusion.fuse(adapters()))
     assert one == sorted(one, reverse=True)
+
+
+def test_adapters_of_some_layers_are_mixed_there_however_else_the_stack_is_cut():
+    pair = [{p.replace("0", "1"): {k: x[1:] for k, x in a.items()} for p, a in t.items()} for t in adapters()]
+    method = registry.build([{"name": "adapter_fusion", "adapters": pair}, {"name": "pfeiffer", "layers": "2:"}])
+    assert method.cuts(3) == (1, 2)
+    p = tiny.params(cuts=(1, 2))
+    start = method.init(KEY, p)
+    assert set(start.train["0:adapter_fusion"]) == {f"layers/{i}/mlp/down/kernel" for i in (1, 2)}
+    bound = method.bind(apply_edits(p, start.edits), start.train, start.state, Context())
+    whole = fusion.adapter_fusion(adapters())
+    first = whole.init(KEY, tiny.params())
+    every = paths.get(whole.bind(tiny.params(), first.train, first.state, Context()), DOWN)
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((6, 24)), jnp.float32)
+    one = paths.get(bound, "layers/1/mlp/down/kernel")
+    mix = start.train["0:adapter_fusion"]["layers/1/mlp/down/kernel"]
+    same = dataclasses.replace(every, **{k: mix[k][jnp.zeros(3, int)] for k in fusion.TRAINED})
+    found, expected = (jax.tree.map(lambda v, i=i: v[i], op)(x) for op, i in ((one, 0), (same, 1)))
+    np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
 def test_a_stack_of_two_adapters_is_one_after_the_other():

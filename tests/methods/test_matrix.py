@@ -79,17 +79,30 @@ VARIANTS = {
 CASES = [(name, family) for name in SPECS for family in FAMILIES] + [(name, "llama") for name in VARIANTS]
 
 
-def fused(config):
-    """AdapterFusion of two adapters of different widths, moved off their start."""
+def trained(config):
+    """Two adapters of different widths, moved off their start."""
     p = tiny.params(config, "mlm" if config.kind == "encoder" else "lm")
     parts = [registry.build({"name": "pfeiffer", "width": w}).init(jax.random.key(w), p).train for w in (2, 4)]
-    return {"name": "adapter_fusion", "adapters": [branches.noisy(x, 0.1) for x in parts]}
+    return [branches.noisy(x, 0.1) for x in parts]
+
+
+def fused(config):
+    """AdapterFusion of `trained` ones."""
+    return {"name": "adapter_fusion", "adapters": trained(config)}
+
+
+def stacked(config):
+    """A new adapter above `trained` ones."""
+    return [{"name": "adapter_stack", "adapters": trained(config)}, {"name": "pfeiffer", "width": 4}]
+
+
+OF_TRAINED = {"adapter_fusion": fused, "adapter_stack": stacked}
 
 
 @pytest.mark.parametrize(("name", "family"), CASES)
 def test_trains(name, family):
     spec, search, config = {**SPECS, **VARIANTS}[name], SEARCH.get(name, 0), FAMILIES[family]
-    spec = fused(config) if name == "adapter_fusion" else spec
+    spec = OF_TRAINED[name](config) if name in OF_TRAINED else spec
     config = dataclasses.replace(config, num_layers=DEPTH.get(name, config.num_layers))
     options = {"steps": search + 5, "learning_rate": 1e-2, "config": config}
     one, own = trains.run(spec, remat="none", **options)

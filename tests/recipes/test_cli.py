@@ -10,8 +10,8 @@ from tunejax import cli
 from tunejax.core import errors
 
 VERBS = (
-    "train", "compare", "validate", "preprocess", "evaluate", "generate", "export", "merge", "shrink", "methods",
-    "env", "distill-cache", "distill-generate",
+    "train", "compare", "validate", "preprocess", "evaluate", "generate", "export", "merge", "unmerge", "shrink",
+    "methods", "env", "distill-cache", "distill-generate",
 )  # fmt: skip
 
 

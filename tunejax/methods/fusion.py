@@ -3,8 +3,8 @@
     s = softmax_n(h Q · z_n K)        out = Σ_n s_n z_n V        z_n = h + adapter_n(h)
 
 h is what the adapted kernel gives. Q, K and V train at each site; V is the identity at the start, so that is about the
-adapters' mean, and a penalty keeps V near it (as in the authors' code). Stacking, the other way to use several
-adapters, is a chain of them.
+adapters' mean, and a penalty keeps V near it (as in the authors' code). `adapter_stack` is the
+other way to use several adapters.
 """
 
 import math
@@ -15,10 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tunejax.core import activations, bottleneck, errors, operators, paths
+from tunejax.core import activations, bottleneck, errors, operators, paths, taken
 from tunejax.core import method as methods
 from tunejax.core.method import Axes, Context, Method, Start
 from tunejax.core.paths import Params, Path
+from tunejax.core.taken import Adapter
 
 LOADED = {"adapters": lambda state: apart(state)}
 """Arguments that a config gives as folders of finished runs, whose adapters the recipe reads -> how a run's own state
@@ -26,9 +27,6 @@ gives them, when these folders may be gone."""
 
 AGREE = {"activation": None, "scale": None, "reads": "branch"}
 """What the runs in those folders must have been trained with; None: what this method's argument of that name is."""
-
-Adapter = Mapping[Path, Mapping[str, Any]]
-"""What one bottleneck adapter trained: {path of a kernel: {down, down_bias, up, up_bias}} (`core.bottleneck`)."""
 
 TRAINED = ("query", "key", "value")
 
@@ -89,17 +87,9 @@ def adapter_fusion(
     stacked = fuse(adapters)
 
     def init(key: Any, params: Params) -> Start:
-        flat, train = paths.flatten(params), {}
-        for path, arrays in stacked.items():
-            width = flat[path].shape[-1] if flat.get(path) is not None else None
-            lead, dim = arrays["up_bias"].shape[:-2], arrays["up_bias"].shape[-1]
-            if width != dim or flat[path].shape[:-2] != lead:
-                found = "nothing" if width is None else f"a kernel of shape {tuple(flat[path].shape)}"
-                raise errors.TargetError(
-                    f"adapter_fusion: the adapters at {path} are of shape {(*lead, dim)}; the model has {found} there"
-                )
-            train[path] = _fresh(methods.path_key(key, path), lead, dim)
-        return Start(train=train, state=jax.tree.map(jnp.asarray, stacked))
+        sites = taken.at_segments("adapter_fusion", stacked, params)
+        train = {p: _fresh(methods.path_key(key, p), paths.get(params, p)) for p in sites}
+        return Start(train=train, state=jax.tree.map(jnp.asarray, sites))
 
     def bind(params: Params, train: Any, state: Any, ctx: Context) -> Params:
         fused = {
@@ -112,7 +102,15 @@ def adapter_fusion(
         far = [jnp.sum(jnp.square(t["value"] - jnp.eye(t["value"].shape[-1]))) for t in train.values()]
         return jnp.asarray(regularization * sum(far))
 
-    return methods.method("adapter_fusion", init, bind, penalty=penalty, axes=_axes, targets=tuple(stacked))
+    return methods.method(
+        "adapter_fusion",
+        init,
+        bind,
+        penalty=penalty,
+        axes=_axes,
+        cuts=taken.cuts([stacked]),
+        targets=taken.targets([stacked]),
+    )
 
 
 def fuse(adapters: Sequence[Adapter]) -> dict[Path, dict[str, Any]]:
@@ -123,15 +121,9 @@ def fuse(adapters: Sequence[Adapter]) -> dict[Path, dict[str, Any]]:
     Raises:
       ConfigError: fewer than two, one that is no bottleneck adapter, or they stand at different kernels.
     """
-    if len(adapters) < 2:
-        raise errors.ConfigError(f"adapter_fusion: there must be two adapters at least to mix; found {len(adapters)}")
+    taken.check("adapter_fusion", adapters, 2, "two adapters at least to mix")
+    adapters = [taken.joined(a) for a in adapters]
     for i, adapter in enumerate(adapters):
-        arrays = adapter.values() if isinstance(adapter, Mapping) else [None]
-        if not all(isinstance(a, Mapping) and set(a) == set(bottleneck.AXES) for a in arrays):
-            raise errors.ConfigError(
-                f"adapter_fusion: adapter {i} is not what a bottleneck adapter trains, {{path: {{down, down_bias, up, "
-                "up_bias}}; train each with houlsby or pfeiffer alone"
-            )
         if set(adapter) != set(adapters[0]):
             raise errors.ConfigError(
                 f"adapter_fusion: adapter {i} stands at {', '.join(adapter)} and adapter 0 at {', '.join(adapters[0])}"
@@ -153,8 +145,9 @@ def _stacked(arrays: Sequence[Any], name: str) -> np.ndarray:
     return np.stack(full, axis=rank)
 
 
-def _fresh(key: Any, lead: tuple[int, ...], dim: int) -> dict[str, jax.Array]:
-    """Query and key as BERT draws its kernels; the value is the identity."""
+def _fresh(key: Any, kernel: Any) -> dict[str, jax.Array]:
+    """Query and key as BERT draws its kernels; the value is the identity. kernel: [..., in, out]."""
+    *lead, _, dim = kernel.shape
     shape = (*lead, dim, dim)
     drawn = 0.02 * jax.random.normal(key, (2, math.prod(shape)))
     eye = jnp.broadcast_to(jnp.eye(dim), shape) + jnp.zeros(shape)

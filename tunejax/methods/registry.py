@@ -59,6 +59,7 @@ NAMES: dict[str, str] = {
     "loftq": "tunejax.methods.loftq:loftq",
     "lst": "tunejax.methods.lst:lst",
     "adapter_fusion": "tunejax.methods.fusion:adapter_fusion",
+    "adapter_stack": "tunejax.methods.stack:adapter_stack",
     "shrink": "tunejax.methods.shrink:shrink",
     "prune": "tunejax.methods.prune:prune",
     "supernet": "tunejax.methods.supernet:supernet",
@@ -209,7 +210,7 @@ def _called(
             given[key] = tokenize(given[key])
     for key in getattr(module, "LOADED", ()):
         if load is not None and isinstance(given.get(key), list):
-            loaded = [load(x) if isinstance(x, str) else (x, None) for x in given[key]]
+            loaded = [alone(*load(x)) if isinstance(x, str) else (x, None) for x in given[key]]
             runs = {f"{key}[{i}]": spec for i, (_, spec) in enumerate(loaded)}
             _agree(name, factory, given, runs, getattr(module, "AGREE", {}))
             given[key] = [train for train, _ in loaded]
@@ -222,6 +223,21 @@ def _called(
     return name, factory, arguments(name, factory, given), module
 
 
+def alone(train: Any, spec: Any) -> tuple[Any, Any]:
+    """What a run trained and that method's description; of a chain of which one part trained, that part's.
+
+    The description is None where it is not known which of several it is.
+    """
+    listed = [{"name": s} if isinstance(s, str) else s for s in (spec if isinstance(spec, list) else [spec])]
+    if len(listed) == 1:
+        return train, listed[0]
+    place, colon, name = (list(train) or [""])[0].partition(":")
+    if len(train) > 1 or not colon or not place.isdecimal():
+        return train, None
+    named = [s for s in listed if s["name"].rpartition(":")[2] == name]
+    return train[f"{place}:{name}"], named[0] if len(named) == 1 else None
+
+
 def _agree(
     name: str, factory: Callable, given: Mapping[str, Any], runs: dict[str, Any], wanted: dict[str, Any]
 ) -> None:
@@ -232,7 +248,6 @@ def _agree(
     """
     here = {**wanted, **_defaults(factory), **given}
     for place, spec in runs.items():
-        spec = spec[0] if isinstance(spec, list) and len(spec) == 1 else spec
         said = resolved(spec)[1] if isinstance(spec, Mapping) and spec.get("name") in NAMES else {}
         for argument in [x for x in wanted if x in said]:
             if said[argument] != here[argument]:

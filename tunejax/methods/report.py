@@ -56,9 +56,10 @@ def describe(method: Method, params: Params, start: Start) -> Report:
     layer_of = _layers(params)
     entries: list[Entry] = []
     warnings: list[str] = []
-    for part, train in split(method, start.train):
-        # A method that trains nothing is described by what it rewrites.
-        sizes = _sizes(train, flat) or {p: 0 for p, leaf in start.edits.items() if leaf is not None}
+    for (part, train), (_, state) in zip(split(method, start.train), split(method, start.state), strict=True):
+        # A method that trains nothing is described by what it keeps, or by what it rewrites.
+        frozen = _sizes(state, flat) or [p for p, leaf in start.edits.items() if leaf is not None]
+        sizes = _sizes(train, flat) or dict.fromkeys(frozen, 0)
         restricted = bool(part.cuts(sum(s.size for s in paths.segments(params))))
         for pattern in part.targets or ("(by itself)",):
             entry = _entry(part.name, pattern, sizes, flat, layer_of)

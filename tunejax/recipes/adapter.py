@@ -1,14 +1,14 @@
 """The adapter folder: what a run trained, and the digest of the base that it belongs to."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from tunejax.core import errors
+from tunejax.core import errors, paths
 
 FORMAT = 1
 ARRAYS, SPEC = "adapter.safetensors", "adapter.json"
@@ -91,12 +91,37 @@ def read(folder: Path) -> Adapter:
 def trained(run: str, sources: dict[str, Source] | None = None) -> tuple[dict[str, Any], Any]:
     """What a finished run trained, as its method's ``train``, and that method's description, as in its config.
 
+    Paths in it say layers instead of segments (`by_layer`), since its stack may be cut elsewhere than another run's.
+
     run: its folder; sources: where to note what it stands on. Raises CheckpointError as `read`.
     """
     found = read(Path(run) / "adapter")
     if sources is not None:
         sources[run] = Source(found.base, found.info.get("head"))
-    return nested(found, "train"), found.info.get("method")
+    return by_layer(found, "train"), found.info.get("method")
+
+
+def by_layer(adapter: Adapter, tree: str) -> dict[str, Any]:
+    """`nested`, with the first of its layers in a path instead of the segment: "layers/4/..." for "layers/1/...".
+
+    Raises:
+      CheckpointError: the stack was cut, and the folder, of an earlier version, does not say where.
+    """
+    return at_layers(nested(adapter, tree), adapter.info.get("cuts", ()))
+
+
+def at_layers(tree: Mapping[str, Any], cuts: Iterable[int]) -> dict[str, Any]:
+    """A tree of dicts whose keys may be paths, as of `by_layer`. cuts: of the stack (`paths.starts`)."""
+    starts, out = paths.starts(cuts), {}
+    for key, value in tree.items():
+        place = key
+        if key.startswith("layers/"):
+            _, segment, rest = key.split("/", 2)
+            if segment not in starts:
+                raise errors.CheckpointError(f"{key}: the adapter does not say where its stack was cut; train it again")
+            place = f"layers/{starts[segment]}/{rest}"
+        out[place] = at_layers(value, cuts) if isinstance(value, Mapping) else value
+    return out
 
 
 def nested(adapter: Adapter, tree: str) -> dict[str, Any]:

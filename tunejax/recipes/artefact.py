@@ -63,7 +63,7 @@ def open_run(text: str, changes: list[str] | None = None, beside: Tuned | None =
     if not raw["data"].get("format") and not any(c.startswith("data.") for c in changes or ()):
         raw["data"]["format"] = found.info.get("row_format")  # likewise; rows that are named anew may have another
     config = load.check(raw, str(path / "config.yaml"))
-    specs = registry.with_kept(config.method, lambda: adapter.nested(found, "state"))
+    specs = registry.with_kept(config.method, lambda: adapter.by_layer(found, "state"))
     parts = assemble.parts(config, assemble.opened(config, specs=specs), num_labels=found.info.get("num_labels"))
     if config.model.head == "classification":  # what is exported says what its classes are
         parts = parts._replace(model_config=common.with_labels(parts.model_config, config.data.labels or ()))
@@ -191,7 +191,7 @@ def prefix(text: str) -> int:
     if not adapter_folders.is_adapter(text):
         path = folder.find(text)
         config = load.load(path / "config.yaml")
-        specs = registry.with_kept(config.method, lambda: adapter.nested(adapter.read(path / "adapter"), "state"))
+        specs = registry.with_kept(config.method, lambda: adapter.by_layer(adapter.read(path / "adapter"), "state"))
         return assemble.opened(config, specs=specs).method.prefix
     shape = reader(text)[1]
     found = adapter_folders.read(Path(text), shape, head=adapter_folders.head_of(Path(text), shape.kind))

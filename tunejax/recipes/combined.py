@@ -61,14 +61,14 @@ def of_adapters(runs: list[artefact.Tuned], how: How) -> Made:
         raise errors.ConfigError("a preset in a list of methods is several of them; give the list in its parts")
     out = Made([], [], [])
     for i, ours in enumerate(zip(*specs, strict=True)):
-        train, state = ([_part(r, t, i) for r in runs] for t in ("train", "state"))
+        train, state = ([part(r, t, i) for r in runs] for t in ("train", "state"))
         called = [registry.resolved(s) for s in ours]
         products = [module.PRODUCT for _, _, module in called if hasattr(module, "PRODUCT")]
         if len(products) == len(runs):
             spec, arrays = _products(products, [a for _, a, _ in called], train, state, how)
             kept: Any = {}
         else:
-            starts = [_part(r, "start", i) for r in runs]
+            starts = [part(r, "start", i) for r in runs]
             same = [(name, arguments) for name, arguments, _ in called]
             spec, arrays, kept = dict(ours[0]), _plain(same, starts, train, how), _same(same, state, "state")
         for field, value in zip(out, (spec, arrays, kept), strict=True):
@@ -223,7 +223,7 @@ def specs_of(config: schema.Config) -> list[dict[str, Any]]:
     return config.method if isinstance(config.method, list) else [config.method]
 
 
-def _part(run: artefact.Tuned, what: str, i: int) -> Any:
+def part(run: artefact.Tuned, what: str, i: int) -> Any:
     """Train, state or start of the i-th description of the run's methods; of all where one stands for a chain."""
     if what == "start":
         tree = run.parts.method.init(jax.random.key(run.parts.config.seed), run.loaded.params).train

@@ -10,8 +10,9 @@ import jax
 
 from tunejax.config import load, schema
 from tunejax.core import combine, errors, operators, paths
+from tunejax.core.method import Method, chain
 from tunejax.methods import registry
-from tunejax.recipes import adapter, artefact, combined, folder, runtime
+from tunejax.recipes import adapter, artefact, combined, folder, runtime, stacked
 from tunejax.recipes.combined import STACKED, How, Made
 
 DENSITY = 0.5
@@ -26,12 +27,25 @@ def main(args: argparse.Namespace) -> None:
       ConfigError: they cannot be combined so; the message says what can.
     """
     output = folder.new(args.output)
+    if args.how == "stack":
+        _stack(output, args)
+        return
     how = settings(args)
     runtime.begin()
     runs = opened(args.runs)
     made = combined.of_weights(runs, how, args.rank) if args.of == "weights" else combined.of_adapters(runs, how)
     config = write(output, runs, made, {"runs": args.runs, "how": how.name, "weights": how.weights, "of": args.of})
     print(f"{output}: {how.name} of {len(runs)} runs on {runs[0].parts.name}, kept as {_named(config)}")
+
+
+def _stack(output: Path, args: argparse.Namespace) -> None:
+    given = {"--weights": args.weights, "--density": args.density, "--rank": args.rank}
+    if flags := [k for k, v in given.items() if v is not None] + ["--of weights"] * (args.of == "weights"):
+        raise errors.ConfigError(f"{flags[0]}: --how stack adds nothing up, so there is nothing to weigh or prune")
+    runtime.begin()
+    top, made = stacked.of(args.runs)
+    write(output, [top], made, {"runs": args.runs, "how": args.how})
+    print(f"{output}: {args.runs[-1]} above {', '.join(args.runs[:-1])} on {top.parts.name}")
 
 
 def settings(args: argparse.Namespace) -> How:
@@ -80,13 +94,16 @@ def write(output: Path, runs: list[artefact.Tuned], made: Made, about: dict[str,
     specs = made.specs if len(made.specs) > 1 else made.specs[0]
     config = load.check({**first.config.model_dump(mode="json"), "method": specs, "output_dir": str(output)})
     tokenize = lambda text: list(first.tokenizer(text)["input_ids"])  # noqa: E731
-    names = [_name(spec, state, tokenize) for spec, state in zip(made.specs, made.state, strict=True)]
+    kept = [adapter.at_layers(state, artefact.cuts(first)) for state in made.state]
+    methods = [_built(spec, state, tokenize) for spec, state in zip(made.specs, kept, strict=True)]
+    names = [m.name for m in methods]
     keys = [f"{i}:{n}" for i, n in enumerate(names)]
     train, state = (v[0] if len(v) == 1 else dict(zip(keys, v, strict=True)) for v in (made.train, made.state))
     combined.check_heads(runs)
     info = {
         "method": config.method, "name": "+".join(names), "head": config.model.head, "seed": config.seed, "step": 0,
         "num_labels": first.model_config.num_labels, "labels": list(config.data.labels or []),
+        "cuts": list(chain(*methods).cuts(first.model_config.num_layers)),
     }  # fmt: skip
     whole = {p for tree in made.train for p, x in tree.items() if operators.is_array(x)}
     fresh = {p: paths.get(runs[0].loaded.params, p) for p in runs[0].loaded.fresh if p not in whole}
@@ -96,9 +113,9 @@ def write(output: Path, runs: list[artefact.Tuned], made: Made, about: dict[str,
     return config
 
 
-def _name(spec: dict[str, Any], state: Any, tokenize: Callable[[str], list[int]]) -> str:
-    """The name of the method of this description and state."""
-    return registry.build(registry.with_kept(spec, lambda: state), tokenize, adapter.trained).name
+def _built(spec: dict[str, Any], state: Any, tokenize: Callable[[str], list[int]]) -> Method:
+    """The method of this description and state, whose paths say layers (`adapter.at_layers`)."""
+    return registry.build(registry.with_kept(spec, lambda: state), tokenize, adapter.trained)
 
 
 def _named(config: schema.Config) -> str:

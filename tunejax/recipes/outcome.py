@@ -87,7 +87,7 @@ def leave(
     parts, config, data = judge.parts, judge.parts.config, judge.rows
     info = {"method": config.method, "name": kept.tuned.method.name, "head": config.model.head, "seed": config.seed,
             "num_labels": parts.model_config.num_labels, "labels": list(data.labels), "step": ran["step"],
-            "row_format": data.format}  # fmt: skip
+            "row_format": data.format, "cuts": list(artefact.cuts(kept.tuned))}  # fmt: skip
     own = {name: features.own(kept.tuned.method, kept.added, getattr(final, name)) for name in ("train", "state")}
     adapter.save(out / "adapter", {**own, "fresh": kept.fresh}, kept.origin, info)
     end_scores = judge(final, kept.base, out, "after")
