@@ -86,6 +86,7 @@ def test_in_a_config_they_become_several_methods():
         ({"modules_to_save": "classifier"}, "is 'classifier'; expected a list of names of modules"),
         ({"exclude_modules": "lm_had"}, "'lm_had' is no module's name. Did you mean 'lm_head'"),
         ({"target_modules": ["q_proj"], "exclude_modules": ["query"]}, "leave nothing to adapt"),
+        ({"targets": 3, "rank_pattern": {"q_proj": 2}}, "targets: expected a valid string or a valid list, found 3"),
         ({"name": "vera", "rank_pattern": {"q_proj": 2}}, "rank_pattern: unknown"),
     ],
 )

@@ -115,10 +115,9 @@ def spread(spec: Mapping[str, Any], factory: Callable[..., Any], module: ModuleT
         _check(name, word, value)
     whole = [g for m in words.get("modules_to_save") or () for g in _saved(m)]
     parts = [rest]
-    if "targets" in own:
-        key = "target_modules" if "target_modules" in spec else "targets"
-        listed = globs(rest.get(key, own["targets"].default))
-        listed = [listed] if isinstance(listed, str) else listed
+    key = "target_modules" if "target_modules" in spec else "targets"
+    listed = globs(rest.get(key, own["targets"].default)) if "targets" in own else None
+    if isinstance(listed, list) and all(isinstance(g, str) for g in listed):  # `registry.arguments` tells of others
         mine = [p for p in KERNELS if paths.chosen(listed, p)]
         gone = _excluded(name, words.get("exclude_modules") or [])
         left = [p for p in mine if not paths.chosen(gone, p) and not paths.chosen(whole, p)]
@@ -150,11 +149,12 @@ def _saved(module: str) -> list[str]:
 
 def _excluded(name: str, modules: str | list[str]) -> list[str]:
     """Globs over what is left out; the model may well lack it. Raises ConfigError on what is no module anywhere."""
-    for module in [modules] if isinstance(modules, str) else modules:
+    listed = [modules] if isinstance(modules, str) else modules
+    for module in listed:
         if not any(paths.chosen(globs(module), p) for p in KERNELS):
             near = errors.did_you_mean(module, list(MODULES))
             raise errors.ConfigError(f"method {name!r}: exclude_modules: {module!r} is no module's name. {near}")
-    return globs([modules] if isinstance(modules, str) else modules)
+    return globs(listed)
 
 
 def _exceptions(name: str, words: Mapping[str, Any], left: list[str]) -> dict[str, dict[str, Any]]:
