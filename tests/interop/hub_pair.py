@@ -10,9 +10,11 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import tiny
 from safetensors import numpy as safetensors
 
+from tunejax.core import errors
 from tunejax.core.method import Context
 from tunejax.core.model import full_batch
 from tunejax.interop import adapter_folders, adapterhub, hf
@@ -103,3 +105,11 @@ def check_listing(case, specs, out):
         found = json.loads((out / file).read_text())
         same = found | ({"name": "there"} if found["name"] else {})
         assert same == contents
+
+
+def check_refused(specs, said, folder):
+    """A description or several that cannot be written leave nothing behind."""
+    config, head, load = tiny_of("llama")
+    with pytest.raises(errors.ConfigError, match=said):
+        written(specs if isinstance(specs, list) else [specs], config, head, load, folder / "out")
+    assert not list(folder.iterdir())

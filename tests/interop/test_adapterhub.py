@@ -15,6 +15,7 @@ from hub_pair import (
     bound,
     changed,
     check_listing,
+    check_refused,
     loaded,
     our_logits,
     read,
@@ -249,17 +250,16 @@ UNWRITABLE = {
 
 @pytest.mark.parametrize("case", UNWRITABLE)
 def test_what_cannot_be_written_is_refused(case, tmp_path):
-    specs, said = UNWRITABLE[case]
-    config, head, load = tiny_of("llama")
-    with pytest.raises(errors.ConfigError, match=said):
-        written(specs if isinstance(specs, list) else [specs], config, head, load, tmp_path / "out")
-    assert not list(tmp_path.iterdir())
+    check_refused(*UNWRITABLE[case], tmp_path)
 
 
-def test_a_family_that_the_library_lacks(tmp_path):
+@pytest.mark.parametrize(
+    "spec", [{"name": "pfeiffer", "width": 4}, {"name": "lora", "rank": 2, "targets": "attention/{q,v}/kernel"}]
+)
+def test_a_family_that_the_library_lacks(spec, tmp_path):
     config, head, load = tiny_of("qwen3")
     with pytest.raises(errors.ConfigError, match="this model is a qwen3"):
-        written([{"name": "pfeiffer", "width": 4}], config, head, load, tmp_path / "out")
+        written([spec], config, head, load, tmp_path / "out")
 
 
 def test_a_folder_appears_whole_or_not_at_all(tmp_path, monkeypatch):

@@ -1,6 +1,5 @@
 """AdapterFusion from a config: the adapters of runs before it are read from their folders and kept with the new one."""
 
-import json
 import sys
 from pathlib import Path
 
@@ -54,13 +53,7 @@ def test_two_runs_and_what_fuses_them(tmp_path, monkeypatch, capsys):
 def fused(tmp_path, monkeypatch):
     """A world with two runs, "one" and "two"; (name, method, overrides) -> the exit code of a run."""
     monkeypatch.setenv("TUNEJAX_CACHE", str(tmp_path / "cache"))
-    path = worlds.make(tmp_path)
-    always = ["train.max_steps=1", "train.learning_rate=0.05", "data.eval_path=null", "generation.num_samples=0"]
-
-    def run(name, method, *changes):
-        options = [f"output_dir={tmp_path / name}", f"method={json.dumps(method)}", *always, *changes]
-        return cli.main(["train", str(path), *options])
-
+    run = worlds.trainer(tmp_path, steps=1)
     for seed, name in enumerate(("one", "two")):
         assert run(name, {"name": "pfeiffer", "width": 2 + seed}, f"seed={seed}") == 0
     return run

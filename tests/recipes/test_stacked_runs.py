@@ -27,13 +27,7 @@ NEW = {"name": "pfeiffer", "width": 3}
 def run(tmp_path, monkeypatch):
     """(name, method, overrides) -> the exit code of a run; "lower" is one, of the second layer alone."""
     monkeypatch.setenv("TUNEJAX_CACHE", str(tmp_path / "cache"))
-    path = worlds.make(tmp_path)
-    always = ["train.max_steps=2", "train.learning_rate=0.05", "data.eval_path=null", "generation.num_samples=0"]
-
-    def one(name, method, *changes):
-        options = [f"output_dir={tmp_path / name}", f"method={json.dumps(method)}", *always, *changes]
-        return cli.main(["train", str(path), *options])
-
+    one = worlds.trainer(tmp_path, steps=2)
     assert one("lower", LOWER) == 0
     return one
 

@@ -1,6 +1,7 @@
 """A tiny Llama checkpoint and rows in a folder, for tests of whole commands."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -85,6 +86,18 @@ def make(folder: Path) -> Path:
     }
     (folder / "my.yaml").write_text(yaml.safe_dump(raw))
     return folder / "my.yaml"
+
+
+def trainer(folder: Path, steps: int) -> Callable[..., int]:
+    """A new world's (name, method, overrides) -> the exit code of a short run in ``folder`` / name."""
+    path = make(folder)
+    always = [f"train.max_steps={steps}", "train.learning_rate=0.05", "data.eval_path=null", "generation.num_samples=0"]
+
+    def one(name: str, method: dict | list, *changes: str) -> int:
+        options = [f"output_dir={folder / name}", f"method={json.dumps(method)}", *always, *changes]
+        return cli.main(["train", str(path), *options])
+
+    return one
 
 
 def tune(world: Path, name: str, *changes: str) -> tuple[int, list[dict]]:

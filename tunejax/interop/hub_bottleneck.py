@@ -173,18 +173,7 @@ def _wanted(entries: Mapping[str, Any], config: ModelConfig) -> Iterator[Slot]:
 
 def _arrays(folder: Folder, form: portable.Hub, tensors: Mapping[str, np.ndarray], slot: Slot) -> dict[str, np.ndarray]:
     """The arrays of one slot; a trained factor is multiplied into them."""
-    rest = {k: x for k, x in tensors.items() if k != "scaling"}
-    try:
-        arrays = form.read(rest)
-        left = rest.keys() - form.write(arrays).keys()
-    except KeyError as e:
-        raise errors.CheckpointError(
-            f"{folder.file}: layer {slot.layer}, {slot.place}, has no {e}; found {', '.join(tensors)}"
-        ) from None
-    if left:
-        raise errors.CheckpointError(
-            f"{folder.file}: layer {slot.layer}, {slot.place}, has {min(left)!r}, which no method here knows"
-        )
+    arrays = folder.exactly(form, tensors, f"layer {slot.layer}, {slot.place},", ("scaling",))
     return form.scaled(arrays, tensors["scaling"]) if form.scaled and "scaling" in tensors else arrays
 
 

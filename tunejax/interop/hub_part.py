@@ -1,17 +1,17 @@
 """What the writers and the readers of AdapterHub's kinds of adapters share: a method of a chain, a folder's tensors."""
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from tunejax.core import errors, operators, portable
+from tunejax.core import errors, portable
 from tunejax.core.method import SHARED
 from tunejax.interop import hub_config, hub_slots
 from tunejax.interop.found import Spec
 from tunejax.interop.modules import Site
-from tunejax.interop.peft import Tuned, links
+from tunejax.interop.peft import Tuned, links, trains_whole
 from tunejax.methods import registry
 from tunejax.models.config import ModelConfig
 
@@ -21,6 +21,9 @@ Written = tuple[dict[str, np.ndarray], dict[str, Any]]
 """Tensors by name, entries of the config: of one kind of adapter."""
 GATE = {"gate.weight": "gate", "gate.bias": "gate_bias"}
 """What the library calls the arrays of a gate, each with an axis before -> what they are called here."""
+
+
+F = TypeVar("F")
 
 
 class Part(NamedTuple):
@@ -55,7 +58,7 @@ def of(tuned: Tuned) -> tuple[list[Part], dict[str, Any]]:
             adapters.append(_gated(name, arguments, train))
         elif isinstance(form, portable.Hub | portable.HubProduct | portable.HubPrefix):
             adapters.append(_part(name, form, arguments, train))
-        elif isinstance(train, Mapping) and all(operators.is_array(x) for x in train.values()) and not state:
+        elif trains_whole(train, state):
             whole.update(train)
         else:
             raise errors.ConfigError(f"AdapterHub has no form for {name}; {hub_config.DETAILS}")
@@ -126,6 +129,28 @@ class Folder(NamedTuple):
             raise errors.CheckpointError(f"{self.file} has nothing for {where}, and adapter_config.json asks for it")
         return found
 
+    def exactly(
+        self,
+        form: portable.Hub | portable.HubProduct,
+        tensors: Mapping[str, np.ndarray],
+        where: str,
+        apart: Container,
+    ) -> dict[str, np.ndarray]:
+        """What the form reads of those tensors, of which it must know all but those named ``apart``.
+
+        Raises:
+          CheckpointError: a tensor that is missing or not known.
+        """
+        rest = {k: x for k, x in tensors.items() if k not in apart}
+        try:
+            arrays = form.read(rest)
+            left = rest.keys() - form.write(arrays).keys()
+        except KeyError as e:
+            raise errors.CheckpointError(f"{self.file}: {where} has no {e}; found {', '.join(tensors)}") from None
+        if left:
+            raise errors.CheckpointError(f"{self.file}: {where} has {min(left)!r}, which no method here knows")
+        return arrays
+
     def gate(self, tensors: dict[str, np.ndarray], where: str) -> dict[str, np.ndarray]:
         """The arrays of the one gate among those tensors, which it takes out. Raises CheckpointError as `take`."""
         found = {ours: tensors.pop(theirs, None) for theirs, ours in GATE.items()}
@@ -134,18 +159,19 @@ class Folder(NamedTuple):
         return {k: x[0] for k, x in found.items() if x is not None}
 
 
-def named(form: type) -> str:
-    """The first method of the registry that has a form of that type."""
-    return next(n for n in registry.NAMES if isinstance(portable.hub_of(registry.find(n)[1], n), form))
+def first(kind: type[F]) -> tuple[str, F]:
+    """The first method of the registry that has a form of that type, and the form."""
+    every = ((n, portable.hub_of(registry.find(n)[1], n)) for n in registry.NAMES)
+    return next((n, form) for n, form in every if isinstance(form, kind))
 
 
 def behind_gates(specs: list[Spec], gates: Mapping[Site, dict[str, np.ndarray]], reads: str) -> list[Spec]:
     """Each of those methods behind gates. gates: by the site of what they weigh, at their own (where they stand)."""
-    out = []
+    name, out = first(portable.HubGate)[0], []
     for spec, sites in specs:
         own = {at: gates[at] for site in sites for at in (site, joined(site)) if at in gates}
         both = {s: {**sites.get(s, {}), **own.get(s, {})} for s in (*sites, *own)}
-        out.append(({"name": named(portable.HubGate), "method": spec, "reads": reads, "per": "row"}, both))
+        out.append(({"name": name, "method": spec, "reads": reads, "per": "row"}, both))
     return out
 
 

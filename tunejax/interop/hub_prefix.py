@@ -121,7 +121,7 @@ def read(folder: Folder, entries: Mapping[str, Any]) -> list[Spec]:
         )
     pairs = rows.reshape(wanted)
     sites = {Site(SLOT, i): {k: pairs[:, n, j] for j, k in enumerate(PAIR)} for n, i in enumerate(layers)}
-    spec = {"name": hub_part.named(portable.HubPrefix), "length": given["prefix_length"], "positions": False}
+    spec = {"name": hub_part.first(portable.HubPrefix)[0], "length": given["prefix_length"], "positions": False}
     specs = found_lib.by_layers(spec, sites, config.num_layers)
     specs = [({k: v for k, v in s.items() if k != "targets"}, some) for s, some in specs]
     if not gating:

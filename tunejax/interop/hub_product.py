@@ -14,7 +14,6 @@ from tunejax.interop import hub_part, modules
 from tunejax.interop.found import Spec
 from tunejax.interop.hub_part import NAME, Folder, Part, Written
 from tunejax.interop.modules import Site
-from tunejax.methods import registry
 from tunejax.models.config import ModelConfig
 
 MATRICES = {"q": "layers/attention/q/kernel", "k": "layers/attention/k/kernel", "v": "layers/attention/v/kernel"}
@@ -111,6 +110,7 @@ def read(folder: Folder, entries: Mapping[str, Any]) -> list[Spec]:
     """
     given = hub_part.check(entries, DEFAULTS, FIXED)
     matrices = [m for m in MATRICES if m in given["attn_matrices"]]
+    name, form = hub_part.first(portable.HubProduct)
     places, products, gates = modules.places(folder.config, folder.head), {}, {}
     for layer in range(folder.config.num_layers):
         if layer in (given["leave_out"] or ()):
@@ -120,30 +120,26 @@ def read(folder: Folder, entries: Mapping[str, Any]) -> list[Spec]:
         for site in sites:
             by_module.setdefault(places[site].module, []).append(site)
         for module, group in by_module.items():
-            made, opened = _module(folder, module, group, given["use_gating"])
+            made, opened = _module(folder, form, module, group, given["use_gating"])
             products.update(made)
             gates.update(opened)
     alpha = given["r"] if given["use_gating"] else given["alpha"]
-    spec = {"name": hub_part.named(portable.HubProduct), "rank": given["r"], "alpha": float(alpha)}
+    spec = {"name": name, "rank": given["r"], "alpha": float(alpha)}
     specs = found_lib.by_layers(spec, products, folder.config.num_layers)
     return hub_part.behind_gates(specs, gates, "input") if given["use_gating"] else specs
 
 
-def _module(folder: Folder, module: str, group: list[Site], gated: bool) -> tuple[dict, dict]:
+def _module(
+    folder: Folder, form: portable.HubProduct, module: str, group: list[Site], gated: bool
+) -> tuple[dict, dict]:
     """(products, gates) by site of one module there."""
     where = f"{module}.loras.{folder.adapter}"
     tensors, of = folder.take("loras", module, where), len(group)
-    form = portable.hub_of(registry.find(hub_part.named(portable.HubProduct))[1], hub_part.named(portable.HubProduct))
-    assert isinstance(form, portable.HubProduct)
     gates = [{k: tensors[k][i : i + 1] for k in hub_part.GATE if k in tensors} for i in range(of)] if gated else []
-    rest = {k: x for k, x in tensors.items() if not gated or k not in hub_part.GATE}
+    whole = folder.exactly(form, tensors, where, hub_part.GATE if gated else ())
     try:
-        whole = form.read(rest)
-        left = rest.keys() - form.write(whole).keys()
         products = [form.split(whole, i, of) if of > 1 else whole for i in range(of)]
-    except (KeyError, ValueError) as e:
+    except ValueError as e:
         raise errors.CheckpointError(f"{folder.file}: {where} has no {e}; found {', '.join(tensors)}") from None
-    if left:
-        raise errors.CheckpointError(f"{folder.file}: {where} has {min(left)!r}, which no method here knows")
     opened = {site: folder.gate(gate, where) for site, gate in zip(group, gates, strict=False)}
     return dict(zip(group, products, strict=True)), opened

@@ -84,6 +84,11 @@ def links(tuned: Tuned, library: str) -> list[Link]:
     return [Link(*registry.resolved(s), t[1], u[1]) for s, (t, u) in zip(tuned.specs, own, strict=True)]
 
 
+def trains_whole(train: Any, state: Any) -> bool:
+    """Whether a method trains parameters themselves, by path, and keeps nothing else."""
+    return isinstance(train, Mapping) and all(operators.is_array(x) for x in train.values()) and not state
+
+
 def write(folder: Path, tuned: Tuned, config: ModelConfig, *, head: str, base_name: str) -> None:
     """Writes an adapter that `peft.PeftModel.from_pretrained` loads onto the same base: the whole folder or nothing.
 
@@ -182,7 +187,7 @@ def _parts(tuned: Tuned, config: ModelConfig) -> tuple[list[_Part], list[peft_pr
             shared = {**_host(state.get(SHARED, {})), **sites.pop(SHARED, {})}
             written = form.written(arguments, list(sites.values()))
             adapters.append(_Part(name, form, written, sites, shared))
-        elif isinstance(train, Mapping) and all(operators.is_array(x) for x in train.values()) and not state:
+        elif trains_whole(train, state):
             whole.update(train)
             own = portable.whole_of(module, name)
             slots += [(own, train)] if own is not None else []

@@ -66,8 +66,6 @@ NAMES: dict[str, str] = {
 }
 """Name in a config -> where its factory lies."""
 
-SCALE = rates.SCALE
-
 
 def build(
     specs: Mapping[str, Any] | str | Sequence[Mapping[str, Any] | str],
@@ -79,8 +77,9 @@ def build(
     """The method that a config describes: ``{name: lora, rank: 8}``, or a list of such to chain, first first.
 
     A name is one of `NAMES`, "path/to/file.py:function" or "package.module:function"; the other keys are the
-    function's arguments, and `SCALE`. An argument that is a method itself is described likewise. The function returns a
-    `Method`, or, as a preset, a list of descriptions. PEFT's spellings are accepted where a method knows them.
+    function's arguments, and `rates.SCALE`. An argument that is a method itself is described likewise. The function
+    returns a `Method`, or, as a preset, a list of descriptions. PEFT's spellings are accepted where a method knows
+    them.
 
     Args:
       specs: as above.
@@ -155,9 +154,9 @@ def _nth(state: Mapping[str, Any], names: list[str], i: int) -> Any:
 
 def scale_of(spec: Mapping[str, Any] | str) -> float:
     """What a description says of its method's learning rate. Raises ConfigError where that is no number above 0."""
-    scale = spec.get(SCALE, 1.0) if isinstance(spec, Mapping) else 1.0
+    scale = spec.get(rates.SCALE, 1.0) if isinstance(spec, Mapping) else 1.0
     if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 < scale < math.inf:
-        raise errors.ConfigError(f"method: {SCALE} is {scale!r}; expected a number above 0")
+        raise errors.ConfigError(f"method: {rates.SCALE} is {scale!r}; expected a number above 0")
     return float(scale)
 
 
@@ -200,7 +199,7 @@ def _called(
 ) -> tuple[str, Callable[..., Method], dict[str, Any], ModuleType]:
     """(name, factory, checked arguments, module)."""
     spec = {"name": spec} if isinstance(spec, str) else dict(spec)
-    name, _ = spec.pop("name", None), spec.pop(SCALE, None)
+    name, _ = spec.pop("name", None), spec.pop(rates.SCALE, None)
     if not isinstance(name, str):
         raise errors.ConfigError(f"method: expected a mapping with a name, such as {{name: lora}}, found {spec}")
     factory, module = find(name)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from tunejax.config import load, schema
-from tunejax.core import errors, paths
+from tunejax.core import errors, paths, rates
 from tunejax.core.method import Method, keys
 from tunejax.methods import registry
 from tunejax.recipes import assemble, combined, folder, settings
@@ -65,7 +65,7 @@ def plan(configs: Sequence[schema.Config]) -> tuple[list[dict[str, Any]], list[l
         varies = product.varies if product is not None else ()
         for spec, (other, arguments, _) in zip(each[1:], called[1:], strict=True):
             differ = [k for k in first | arguments if first.get(k) != arguments.get(k) and k not in varies]
-            differ += [registry.SCALE] if registry.scale_of(spec) != registry.scale_of(each[0]) else []
+            differ += [rates.SCALE] if registry.scale_of(spec) != registry.scale_of(each[0]) else []
             if other != name or differ:
                 what = f"{name} and {other}" if other != name else f"{name} with other {', '.join(differ)}"
                 raise errors.ConfigError(
